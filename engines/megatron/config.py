@@ -1,0 +1,47 @@
+"""Settings of the Megatron trainer that are ours; Megatron's own go into the ``[megatron]`` table."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rollflow.storage.config import Config
+
+
+class TrainerConfig(Config):
+    """How a batch is trained on."""
+
+    ranks: int = Field(default=1, gt=0)
+    """Trainer processes; data parallel size = ranks / (TP x PP x CP)."""
+    max_tokens_per_micro_batch: int = Field(default=4096, gt=0)
+    """Packed tokens in one forward and backward; a longer sample gets a micro-batch of its own."""
+    updates_per_batch: int = Field(default=1, gt=0)
+    """Optimizer updates per batch: its groups are cut into so many mini-batches."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer updates over which the learning rate rises linearly from 0."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_steps: int = Field(default=0, ge=0)
+    """Optimizer updates until the learning rate reaches ``min_lr``; 0: with the last step."""
+    seed: int = 1234
+    step_timeout_s: float = Field(default=3600.0, gt=0)
+    """Deadline of one train step, checkpoint or weight push."""
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written."""
+
+    every: int = Field(default=0, ge=0)
+    """Save each so many steps, and after the last; 0: only after the last."""
+    hf: bool = True
+    """Also write Hugging Face safetensors beside the torch_dist checkpoint."""
+
+
+class GatesConfig(Config):
+    """Numbers that must hold, or the run stops. Defaults depend on the model's dtype."""
+
+    logprob_gap_max: float | None = None
+    """Largest |trainer - rollout| log-probability of a token before each step's first update
+    (default 1e-4 in float32, none in bfloat16)."""
+    logprob_gap_mean: float | None = None
+    """Its mean (default none in float32, 0.02 in bfloat16)."""
+    mismatch_kl: float | None = None
+    """Estimated KL(rollout || trainer) (default none in float32, 0.002 in bfloat16)."""

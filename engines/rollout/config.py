@@ -1,0 +1,56 @@
+"""Settings of the rollout side: generation, rewards, evaluation."""
+
+from pydantic import Field
+
+from rollflow.storage.config import Config, DataConfig
+
+
+class SamplingConfig(Config):
+    """How tokens are drawn; SGLang's names."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = -1
+    max_new_tokens: int = Field(default=256, gt=0)
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+
+
+class RolloutConfig(Config):
+    """How a step's batch is generated and scored."""
+
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts (groups) per step."""
+    n_samples_per_prompt: int = Field(default=8, gt=0)
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    servers: int = Field(default=1, ge=0)
+    """SGLang server processes behind the router; 0 where nothing is generated (supervised runs
+    without evaluation)."""
+    concurrency: int = Field(default=256, gt=0)
+    """Samples in flight at once, over all servers."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Deadline of one generation request."""
+    max_retries: int = Field(default=4, ge=0)
+    """Times that a request is sent again after an HTTP or server fault."""
+    shard_groups: int = Field(default=64, gt=0)
+    """A shard is written each time so many groups are finished."""
+    generate: str = ""
+    """``pkg.mod:fn`` of a custom generate function; empty for one request per sample."""
+    reward: str
+    """``pkg.mod:fn`` of the reward function."""
+    reward_timeout_s: float = Field(default=60.0, gt=0)
+
+
+class EvalConfig(Config):
+    """One evaluation dataset."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    data: DataConfig
+    every: int = Field(default=0, ge=0)
+    """Evaluate each so many steps, and before the first and after the last; 0: only then."""
+    n_samples_per_prompt: int = Field(default=1, gt=0)
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    reward: str = ""
+    """``pkg.mod:fn``; empty for the training reward."""

@@ -1,0 +1,48 @@
+"""Names of stored things, small enough to pass through any scheduler. Pass refs, not data."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """A run in a store, e.g. ``RunRef("arithmetic", "/data/store/runs/arithmetic")``."""
+
+    name: str
+    url: str
+    """fsspec URL of the run's prefix, no slash at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRef:
+    """A committed batch: what one step trains on, or what one evaluation produced."""
+
+    run: RunRef
+    step: int
+    url: str
+    """URL of the folder that holds ``manifest.json`` and its parts."""
+    rows: int
+    groups: int
+    digest: str
+    """sha256 over the parts' checksums: the batch's name everywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A committed checkpoint of a run: the weights and optimizer after ``step`` was trained."""
+
+    run: RunRef
+    step: int
+    url: str
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepRef:
+    """A committed step record (commit point B)."""
+
+    run: RunRef
+    step: int
+    url: str
+    batch_digest: str
+    weights_digest: str
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
