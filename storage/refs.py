@@ -13,6 +13,21 @@ class RunRef:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupsRef:
+    """Groups that were generated for a step but are not committed yet."""
+
+    run: RunRef
+    step: int
+    groups: int
+    samples: int
+    policy_version: int
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds by phase so far: ``generate_s``, ``score_s``, ``write_s``."""
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    """Scalars by slash name, e.g. ``rollout/reward``."""
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRef:
     """A committed batch: what one step trains on, or what one evaluation produced."""
 
@@ -24,6 +39,8 @@ class BatchRef:
     groups: int
     digest: str
     """sha256 over the parts' checksums: the batch's name everywhere."""
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    """Scalars by slash name, e.g. ``rollout/reward``, ``perf/generate_s``; kept in the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
