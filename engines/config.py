@@ -1,5 +1,16 @@
-"""Settings that the engines share: the model, and the Ray cluster they live on."""
+"""Settings that the engines share: the model, the Ray cluster, and names passed through to others.
 
+``[megatron]``, ``[sglang]`` and ``[router]`` accept any field of those projects' own argument
+classes. The names are read from the installed source without importing it, so that a typing error
+is found in milliseconds and on machines without torch.
+"""
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -26,3 +37,48 @@ class ClusterConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Deadline for Ray and for each engine to come up."""
+
+
+@cache
+def dataclass_fields(package: str, file: str, *classes: str) -> frozenset[str]:
+    """Annotated field names of ``classes`` in ``file`` of an installed package, unread by Python.
+
+    Empty when the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    source = next((p for r in roots if (p := Path(r) / file).is_file()), None)
+    if source is None:
+        return frozenset()
+    found = (
+        node
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name in classes
+    )
+    return frozenset(
+        statement.target.id
+        for node in found
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    )
+
+
+def check_names(
+    table: str, given: Iterable[str], known: frozenset[str], owned: Mapping[str, str]
+) -> None:
+    """Refuse names that ``known`` lacks (unless it is empty: not installed) or that we set ourselves.
+
+    Args:
+        table: name of the settings table, for the message.
+        owned: name -> why it is not the user's to set, or what to set in its place.
+
+    Raises:
+        ValueError: names the field and the nearest known one, or the right setting.
+    """
+    for name in given:
+        if name in owned:
+            raise ValueError(f"{table}.{name} is set by rollflow: {owned[name]}")
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {table}.{near[0]}?" if near else ""
+            raise ValueError(f"{table}.{name} is not a name that {table} knows{hint}")

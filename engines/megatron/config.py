@@ -1,9 +1,11 @@
 """Settings of the Megatron trainer that are ours; Megatron's own go into the ``[megatron]`` table."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
 
+from rollflow.engines.config import check_names, dataclass_fields
 from rollflow.storage.config import Config
 
 
@@ -45,3 +47,38 @@ class GatesConfig(Config):
     """Its mean (default none in float32, 0.02 in bfloat16)."""
     mismatch_kl: float | None = None
     """Estimated KL(rollout || trainer) (default none in float32, 0.002 in bfloat16)."""
+
+
+MEGATRON_OWNED = {
+    "params_dtype": "use model.dtype",
+    "bf16": "use model.dtype",
+    "fp16": "use model.dtype",
+    "pipeline_dtype": "use model.dtype",
+    "autocast_dtype": "use model.dtype",
+    "num_layers": "use model.path (its config.json)",
+    "hidden_size": "use model.path (its config.json)",
+    "ffn_hidden_size": "use model.path (its config.json)",
+    "num_attention_heads": "use model.path (its config.json)",
+    "num_query_groups": "use model.path (its config.json)",
+    "kv_channels": "use model.path (its config.json)",
+    "finalize_model_grads_func": "the trainer sets it",
+    "grad_scale_func": "the trainer sets it",
+}
+"""Megatron's fields that rollflow sets, and why or what to use instead."""
+
+_SOURCES = (
+    ("model_parallel_config.py", "ModelParallelConfig"),
+    ("transformer/transformer_config.py", "TransformerConfig"),
+    ("optimizer/optimizer_config.py", "OptimizerConfig"),
+    ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
+)
+
+
+def megatron_names() -> frozenset[str]:
+    """Every name that the ``[megatron]`` table takes; empty without megatron-core."""
+    return frozenset().union(*(dataclass_fields("megatron.core", f, c) for f, c in _SOURCES))
+
+
+def check_megatron_names(given: Iterable[str]) -> None:
+    """Refuse names that megatron-core's configuration classes lack or that rollflow owns."""
+    check_names("megatron", given, megatron_names(), MEGATRON_OWNED)

@@ -1,7 +1,10 @@
 """Settings of the rollout side: generation, rewards, evaluation."""
 
+from collections.abc import Iterable
+
 from pydantic import Field
 
+from rollflow.engines.config import check_names, dataclass_fields
 from rollflow.storage.config import Config, DataConfig
 
 
@@ -54,3 +57,34 @@ class EvalConfig(Config):
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     reward: str = ""
     """``pkg.mod:fn``; empty for the training reward."""
+
+
+SGLANG_OWNED = {
+    "model_path": "use model.path",
+    "tokenizer_path": "use model.path",
+    "host": "servers listen on loopback",
+    "port": "ports are chosen free",
+    "dtype": "use model.dtype",
+    "device": "use cluster.device",
+    "trust_remote_code": "use model.trust_remote_code",
+    "random_seed": "use rollout.seed",
+}
+"""SGLang's arguments that rollflow sets, and why or what to use instead."""
+
+ROUTER_OWNED = {
+    "worker_urls": "use rollout.servers",
+    "host": "the router listens on loopback",
+    "port": "the port is chosen free",
+}
+
+
+def check_sglang_names(given: Iterable[str]) -> None:
+    """Refuse names that SGLang's ``ServerArgs`` lacks or that rollflow owns."""
+    known = dataclass_fields("sglang", "srt/server_args.py", "ServerArgs")
+    check_names("sglang", given, known, SGLANG_OWNED)
+
+
+def check_router_names(given: Iterable[str]) -> None:
+    """Refuse names that the router's ``RouterArgs`` lacks or that rollflow owns."""
+    known = dataclass_fields("sglang_router", "router_args.py", "RouterArgs")
+    check_names("router", given, known, ROUTER_OWNED)

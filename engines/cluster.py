@@ -1,0 +1,155 @@
+"""Ray: a private cluster on loopback or one that runs already, and calls to actors with a deadline.
+
+Engines are named actors in the run's namespace, so a task finds them by name alone.
+"""
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray.actor import ActorHandle
+
+from .config import ClusterConfig
+from .platform import one_thread_env
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Batches travel through the run's store, so Ray's own object store can be small."""
+
+
+class DeadlineError(RuntimeError):
+    """A wait ended without an answer; the message names what was waited for and for how long."""
+
+
+class EngineDiedError(RuntimeError):
+    """An engine's process ended while it was called; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRef:
+    """A connection to Ray, e.g. ``ClusterRef("local", "arithmetic", "/tmp/rf-x1y2")``."""
+
+    address: str
+    namespace: str
+    temp_dir: str
+    """Ray's private folder, removed by :func:`disconnect`; empty for a cluster of someone else."""
+
+
+def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
+    """Start a private Ray on loopback, or join ``config.address``.
+
+    A private Ray ends with this process, and with it every engine. Its folder is short because
+    Unix sockets inside it may not exceed 107 bytes. Ray asks for its token (``~/.ray/auth_token``).
+    """
+    if ray.is_initialized():
+        ray.shutdown()
+    if config.address != "local":
+        ray.init(address=config.address, namespace=namespace, log_to_driver=False)
+        return ClusterRef(config.address, namespace, "")
+    # Without this Ray answers on every interface, whatever node address it is given.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    temp_dir = tempfile.mkdtemp(prefix="rf-")
+    paths = [str(Path.cwd()), *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
+    ray.init(
+        address="local",
+        namespace=namespace,
+        num_cpus=1,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=temp_dir,
+        runtime_env={"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths)}},
+    )
+    return ClusterRef("local", namespace, temp_dir)
+
+
+def disconnect(ref: ClusterRef) -> None:
+    """Leave Ray; a private one is stopped and its folder removed."""
+    ray.shutdown()
+    if ref.temp_dir:
+        shutil.rmtree(ref.temp_dir, ignore_errors=True)
+
+
+def start_actor(
+    cls: type, name: str, *args: object, gpus: float = 0, **options: Any
+) -> ActorHandle:
+    """Create the named actor ``cls(*args)``; detached, it outlives the handle.
+
+    CPU slots are not reserved: engines share the cores."""
+    remote = ray.remote(num_cpus=0, num_gpus=gpus, **options)(cls)
+    return remote.options(name=name, lifetime="detached").remote(*args)
+
+
+def find_actor(name: str) -> ActorHandle:
+    """The live actor of that name in the run's namespace.
+
+    Raises:
+        EngineDiedError: there is none.
+    """
+    try:
+        return ray.get_actor(name)
+    except ValueError as error:
+        raise EngineDiedError(f"engine {name!r} is not running") from error
+
+
+async def call(
+    names: str | Sequence[str], method: str, *args: object, timeout_s: float
+) -> list[Any]:
+    """Call ``method`` on each named actor at once and wait for all answers, in the order of names.
+
+    Raises:
+        DeadlineError: names the actors that had not answered after ``timeout_s`` seconds.
+        EngineDiedError: names an actor whose process is gone.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    pending = {
+        asyncio.ensure_future(_answer(getattr(find_actor(n), method).remote(*args))): n
+        for n in names
+    }
+    try:
+        done, late = await asyncio.wait(
+            pending, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for future in done:
+            if error := future.exception():
+                raise _named(error, pending[future], method) from error
+        if late:
+            culprits = ", ".join(sorted(pending[f] for f in late))
+            raise DeadlineError(f"waited {timeout_s:.0f} s for {method} of {culprits}: no answer")
+    finally:
+        for future in pending:
+            future.cancel()
+    return [future.result() for future in pending]
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
+
+
+def _named(error: BaseException, name: str, method: str) -> BaseException:
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        return error.cause
+    if isinstance(error, ray.exceptions.RayActorError):
+        return EngineDiedError(
+            f"engine {name!r} died during {method}: {str(error).splitlines()[0]}"
+        )
+    return error
+
+
+def kill_actors(names: Sequence[str]) -> None:
+    """End the named actors that still live; those that are gone already are fine."""
+    for name in names:
+        try:
+            ray.kill(ray.get_actor(name), no_restart=True)
+        except ValueError:
+            print(f"engine {name} had ended already", file=sys.stderr)

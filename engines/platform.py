@@ -1,0 +1,76 @@
+"""The one place that knows a CPU with gloo from a GPU with NCCL.
+
+Everything else asks :func:`detect` once and passes the answer on.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """Where the engines compute, e.g. ``Platform("cpu", "gloo")``."""
+
+    device: Device
+    backend: Literal["gloo", "nccl"]
+    """torch.distributed backend of the trainer's ranks."""
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """GPUs that Ray reserves for one trainer rank or one single-GPU server."""
+        return 1 if self.device == "cuda" else 0
+
+    def install_megatron_support(self) -> None:
+        """Make megatron-core usable here. Call before megatron is imported."""
+        if self.device == "cpu":
+            from rollflow.engines.cpu import megatron
+
+            megatron.install()
+
+    def install_sglang_support(self) -> None:
+        """Make SGLang usable here. Call before sglang is imported."""
+        if self.device == "cpu":
+            from rollflow.engines.cpu import sglang
+
+            sglang.install()
+
+
+def detect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+    """Find the platform; ``auto`` takes the GPU when torch sees one.
+
+    Raises:
+        ValueError: ``cuda`` was asked for and torch sees none.
+    """
+    if device == "cpu" or (device == "auto" and not _cuda_available()):
+        return Platform("cpu", "gloo")
+    if not _cuda_available():
+        raise ValueError(
+            "cluster.device is 'cuda' but torch sees no CUDA device on this machine; "
+            "set cluster.device to 'auto' or 'cpu', or check the driver with nvidia-smi"
+        )
+    return Platform("cuda", "nccl")
+
+
+def one_thread_env() -> dict[str, str]:
+    """Environment of an engine process on a CPU: one compute thread.
+
+    Without it every process starts a thread per core and they fight; SGLang becomes erratic.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _cuda_available() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,147 @@
+"""From a TOML file and command-line words to a RunConfig, with errors that name the fix.
+
+A word on the command line means the same as a key in the file::
+
+    --rollout.batch-size 64      [rollout] batch_size = 64
+    --rollout-batch-size 64      the same
+    --sglang-mem-fraction-static 0.5   [sglang] mem_fraction_static = 0.5
+    --router-policy round_robin        [router] policy = "round_robin"
+    --tensor-model-parallel-size 2     [megatron] tensor_model_parallel_size = 2
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from .config import RunConfig
+
+PASSED_THROUGH = ("sglang", "router", "megatron")
+
+
+def load_config(path: str | Path, words: Sequence[str] = ()) -> RunConfig:
+    """Read ``path`` (TOML), lay the command-line ``words`` over it and validate the whole.
+
+    Raises:
+        ValueError: one line per mistake, each with field, value and fix.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.stem, list(recipes()), n=1)
+        hint = f"; did you mean {recipes()[near[0]]}?" if near else ""
+        raise ValueError(f"config file {str(path)!r} does not exist{hint}")
+    try:
+        tree = tomllib.loads(file.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    return build_config(overlay(tree, words))
+
+
+def build_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate a settings tree; unknown keys are refused with the nearest known name."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(e)) for e in error.errors()]
+        raise ValueError("\n".join(lines)) from error
+
+
+def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with ``--key value`` and ``--key=value`` words laid over it.
+
+    Values are TOML literals (``0.5``, ``true``, ``[1, 2]``); anything else is text. A key without
+    a value is ``true``.
+    """
+    result = _copy(tree)
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands where a --setting is expected")
+        key, given, value = word[2:].partition("=")
+        if not given:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        *tables, last = _resolve(key)
+        place = result
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--{key}: {table} is not a table")
+        place[last] = _literal(value)
+    return result
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with rollflow, by name."""
+    return {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
+
+
+def _resolve(key: str) -> list[str]:
+    """``rollout-batch-size`` -> ``["rollout", "batch_size"]``; bare unknown names are Megatron's."""
+    if "." in key:
+        return [part.replace("-", "_") for part in key.split(".")]
+    name = key.replace("-", "_")
+    if name in RunConfig.model_fields:
+        return [name]
+    for table, info in RunConfig.model_fields.items():
+        if table != "megatron" and name.startswith(f"{table}_"):
+            field = name.removeprefix(f"{table}_")
+            if table in PASSED_THROUGH or field in _fields_of(info.annotation):
+                return [table, field]
+    return ["megatron", name]
+
+
+def _fields_of(annotation: Any) -> set[str]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return set(annotation.model_fields)
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*(_fields_of(a) for a in get_args(annotation)))
+    return set()
+
+
+def _literal(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: field, what is wrong, value or nearest name."""
+    place = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        names = _siblings(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
+        return f"{place} is not a setting; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not place or error["type"] == "missing":
+        return f"{place}: {message}".removeprefix(": ")
+    return f"{place} = {error['input']!r}: {message}"
+
+
+def _siblings(location: tuple[Any, ...]) -> set[str]:
+    """Names known where ``location`` ends, following tables and list items from RunConfig down."""
+    models: list[Any] = [RunConfig]
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [m for a in below for m in _models_in(a)] or [
+            m for m in models if m.model_fields.get("name") and m.model_fields["name"].default == part
+        ]
+    return {name for m in models for name in m.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models_in(a)]

@@ -1,0 +1,88 @@
+"""RunConfig: everything that decides a run, composed from the settings of each layer."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from rollflow.engines.algorithms.config import AlgorithmConfig, GrpoConfig
+from rollflow.engines.config import ClusterConfig, ModelConfig
+from rollflow.engines.megatron.config import (
+    CheckpointConfig,
+    GatesConfig,
+    TrainerConfig,
+    check_megatron_names,
+)
+from rollflow.engines.rollout.config import (
+    EvalConfig,
+    RolloutConfig,
+    check_router_names,
+    check_sglang_names,
+)
+from rollflow.storage.config import Config, DataConfig, StoreConfig
+
+
+class StopConfig(Config):
+    """End a run early, once an evaluation is good enough."""
+
+    metric: str
+    """Slash name of an evaluation metric, e.g. ``eval/heldout/reward``."""
+    at_least: float
+
+
+class RunConfig(Config):
+    """One training run. Tables named after Megatron, SGLang and the router go to them unchanged."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder in the store, its flow run in Prefect."""
+    steps: int = Field(gt=0)
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig = GrpoConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evals: list[EvalConfig] = Field(default_factory=list)
+    stop: StopConfig | None = None
+    gates: GatesConfig = GatesConfig()
+    store: StoreConfig = StoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Any field of megatron-core's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig."""
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """Any field of SGLang's ServerArgs."""
+    router: dict[str, Any] = Field(default_factory=dict)
+    """Any argument of sglang-router."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _grpo_unless_named(cls, value: object) -> object:
+        return {"name": "grpo", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "RunConfig":
+        check_megatron_names(self.megatron)
+        check_sglang_names(self.sglang)
+        check_router_names(self.router)
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> "RunConfig":
+        if self.rollout.batch_size % self.trainer.updates_per_batch:
+            raise ValueError(
+                f"rollout.batch_size = {self.rollout.batch_size} cannot be cut into "
+                f"trainer.updates_per_batch = {self.trainer.updates_per_batch} equal mini-batches; "
+                "make the first a multiple of the second"
+            )
+        if self.evals and not self.rollout.servers:
+            raise ValueError(
+                "rollout.servers = 0 but evals is not empty; evaluation generates, so give it a server"
+            )
+        names = [e.name for e in self.evals]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"evals: name {sorted(twice)[0]!r} is used twice; names are folders")
+        if self.stop and self.stop.metric.split("/")[1:2] not in [[n] for n in names]:
+            raise ValueError(
+                f"stop.metric = {self.stop.metric!r} belongs to no dataset of evals; "
+                "write eval/<name of a dataset>/reward"
+            )
+        return self

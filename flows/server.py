@@ -1,0 +1,130 @@
+"""The local Prefect server: SQLite, on loopback, one per working folder, left running for its UI.
+
+Used when ``PREFECT_API_URL`` names no other server. Nothing here imports Prefect, because Prefect
+reads its settings from the environment when it is imported.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+HOME = Path(".rollflow/prefect")
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """A running server, as kept in ``.rollflow/prefect/server.json``."""
+
+    url: str
+    pid: int
+    started: float
+    """Start time of the process, which with ``pid`` names it for sure."""
+
+    @property
+    def api_url(self) -> str:
+        """What ``PREFECT_API_URL`` must be."""
+        return f"{self.url}/api"
+
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+        return False
+
+
+def use_server() -> str:
+    """Point this process at a Prefect server, starting the local one if need be; returns its UI URL."""
+    if api := os.environ.get("PREFECT_API_URL"):
+        return api.removesuffix("/api")
+    server = running() or _start()
+    os.environ.update(_settings(), PREFECT_API_URL=server.api_url)
+    return server.url
+
+
+def running() -> LocalServer | None:
+    """The local server, if it runs."""
+    try:
+        server = LocalServer(**json.loads(_record().read_text()))
+    except FileNotFoundError:
+        return None
+    return server if server.alive() else None
+
+
+def stop() -> bool:
+    """End the local server; False if none runs."""
+    server = running()
+    if server is None:
+        return False
+    process = psutil.Process(server.pid)
+    family = [process, *process.children(recursive=True)]
+    process.send_signal(signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for left in alive:
+        left.kill()
+    _record().unlink(missing_ok=True)
+    return True
+
+
+def _start() -> LocalServer:
+    home = HOME.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    log = home / "server.log"
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **_settings()},
+            start_new_session=True,
+        )
+    started = psutil.Process(process.pid).create_time()
+    server = LocalServer(f"http://127.0.0.1:{port}", process.pid, started)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _healthy(server):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            raise RuntimeError(f"the Prefect server did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}")
+        time.sleep(0.2)
+    _record().write_text(json.dumps(asdict(server)))
+    return server
+
+
+def _settings() -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(HOME.resolve()),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _healthy(server: LocalServer) -> bool:
+    try:
+        return httpx.get(f"{server.api_url}/health", timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _record() -> Path:
+    return HOME / "server.json"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
