@@ -70,7 +70,7 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
-                raise ValueError(f"--{key}: {table} is not a table")
+                raise ValueError(f"--{key}: {table} is not a table")  # noqa: TRY004
         place[last] = _literal(value)
     return result
 
@@ -136,7 +136,9 @@ def _siblings(location: tuple[Any, ...]) -> set[str]:
             continue
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [m for a in below for m in _models_in(a)] or [
-            m for m in models if m.model_fields.get("name") and m.model_fields["name"].default == part
+            m
+            for m in models
+            if m.model_fields.get("name") and m.model_fields["name"].default == part
         ]
     return {name for m in models for name in m.model_fields}
 

@@ -84,7 +84,17 @@ def _start() -> LocalServer:
     log = home / "server.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "prefect",
+                "server",
+                "start",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -98,7 +108,9 @@ def _start() -> LocalServer:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the Prefect server did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}")
+            raise RuntimeError(
+                f"the Prefect server did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}"
+            )
         time.sleep(0.2)
     _record().write_text(json.dumps(asdict(server)))
     return server

@@ -36,6 +36,10 @@ class CheckpointConfig(Config):
     hf: bool = True
     """Also write Hugging Face safetensors beside the torch_dist checkpoint."""
 
+    def due(self, trained: int) -> bool:
+        """Whether to save after ``trained`` steps."""
+        return self.every > 0 and trained % self.every == 0
+
 
 class GatesConfig(Config):
     """Numbers that must hold, or the run stops. Defaults depend on the model's dtype."""

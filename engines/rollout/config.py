@@ -57,6 +57,12 @@ class EvalConfig(Config):
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     reward: str = ""
     """``pkg.mod:fn``; empty for the training reward."""
+    generate: str = ""
+    """``pkg.mod:fn``; empty for one plain request per sample, whatever training uses."""
+
+    def due(self, trained: int) -> bool:
+        """Whether to evaluate after ``trained`` steps."""
+        return self.every > 0 and trained % self.every == 0
 
 
 SGLANG_OWNED = {

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 CHARACTERS = "0123456789+="
 EOS, PAD = "<eos>", "<pad>"
@@ -61,7 +61,9 @@ def make(folder: Path, *, heldout: int = 300, seed: int = 0) -> ArithmeticFiles:
     _write_rows(files.train, pairs[heldout:])
     _write_tokenizer(files.model)
     (files.model / "config.json").write_text(json.dumps(MODEL, indent=2))
-    (files.model / "generation_config.json").write_text(json.dumps({"eos_token_id": 12, "pad_token_id": 13}))
+    (files.model / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 12, "pad_token_id": 13})
+    )
     return files
 
 
@@ -75,7 +77,6 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([EOS, PAD])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

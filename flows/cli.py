@@ -1,0 +1,200 @@
+"""The ``rollflow`` command. Heavy imports wait until a command needs them."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from . import server
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .progress import RunSummary
+
+app = App(
+    name="rollflow", help="Reinforcement-learning post-training of language models as a workflow."
+)
+app.command(runs := App(name="runs", help="The runs in a store."))
+app.command(rollouts := App(name="rollouts", help="The samples that a run stored."))
+console = Console()
+
+Words = Annotated[
+    str,
+    Parameter(
+        allow_leading_hyphen=True,
+        help="Settings laid over the file: --rollout-batch-size 64, --sglang-mem-fraction-static 0.5, --router-policy round_robin, --tensor-model-parallel-size 2.",
+    ),
+]
+StoreUrl = Annotated[str, Parameter(help="Store that holds the runs: any fsspec URL.")]
+DEFAULT_STORE = ".rollflow/store"
+
+
+def main() -> None:
+    """Entry point: run a command; a mistake is one message on stderr and exit status 1."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    sys.path.insert(0, str(Path.cwd()))  # hooks in the working folder can be imported
+    try:
+        app()
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        if os.environ.get("ROLLFLOW_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(1)
+
+
+@app.command
+def train(config: str, *words: Words, dry_run: bool = False) -> None:
+    """Train by reinforcement learning; a run of that name goes on from where it last committed.
+
+    Parameters
+    ----------
+    config: TOML file, or the name of a recipe.
+    dry_run: print the resolved settings and stop.
+    """
+    _run_flow("train", config, words, dry_run)
+
+
+@app.command
+def sft(config: str, *words: Words, dry_run: bool = False) -> None:
+    """Fine-tune on the labels of a dataset.
+
+    Parameters
+    ----------
+    config: TOML file, or the name of a recipe.
+    dry_run: print the resolved settings and stop.
+    """
+    _run_flow("sft", config, words, dry_run)
+
+
+@app.command
+def evaluate(config: str, *words: Words, step: int | None = None, dry_run: bool = False) -> None:
+    """Evaluate a checkpoint of a run on the datasets of its ``evals``.
+
+    Parameters
+    ----------
+    config: TOML file, or the name of a recipe.
+    step: step of the checkpoint; the newest unless given.
+    dry_run: print the resolved settings and stop.
+    """
+    _run_flow("evaluate", config, words, dry_run, step=step)
+
+
+@app.command
+def demo(seed: int = 0, seconds_install: float = 0.0) -> None:
+    """Train a tiny model on arithmetic: supervised warm-up, then GRPO, all real parts, on a CPU.
+
+    Parameters
+    ----------
+    seed: seed of data order, weights and sampling.
+    seconds_install: seconds that the installation took, for the report.
+    """
+    ui = server.use_server()
+    from .demo import run_demo
+
+    asyncio.run(run_demo(seed, seconds_install, ui, console))
+
+
+@app.command
+def bench(steps: int = 30, output: Path = Path(".rollflow/bench.json")) -> None:
+    """Measure where an iteration's time goes, on the arithmetic recipe.
+
+    Parameters
+    ----------
+    steps: iterations to measure.
+    output: JSON file for the figures.
+    """
+    server.use_server()
+    from .bench import run_bench
+
+    asyncio.run(run_bench(steps, output, console))
+
+
+@app.command
+def up() -> None:
+    """Start the local Prefect server, unless one runs or PREFECT_API_URL names another."""
+    console.print(f"Prefect UI: {server.use_server()}")
+
+
+@app.command
+def down() -> None:
+    """Stop the local Prefect server."""
+    console.print("stopped" if server.stop() else "no local Prefect server runs")
+
+
+@runs.command(name="ls")
+def list_runs(store: StoreUrl = DEFAULT_STORE) -> None:
+    """List runs with their steps, checkpoints and last reward."""
+    from .show import print_runs
+
+    print_runs(store, console)
+
+
+@rollouts.command(name="ls")
+def list_rollouts(run: str, store: StoreUrl = DEFAULT_STORE, steps: int = 20) -> None:
+    """List a run's batches.
+
+    Parameters
+    ----------
+    run: name of the run.
+    steps: how many of the newest steps.
+    """
+    from .show import print_batches
+
+    print_batches(store, run, steps, console)
+
+
+@rollouts.command(name="show")
+def show_rollouts(
+    run: str,
+    store: StoreUrl = DEFAULT_STORE,
+    step: int | None = None,
+    sample: str | None = None,
+    limit: int = 10,
+) -> None:
+    """Print stored samples: prompt, answer, reward and what produced them.
+
+    Parameters
+    ----------
+    run: name of the run.
+    step: the step; the newest unless given.
+    sample: one sample's id, shown token by token.
+    limit: how many samples.
+    """
+    from .show import print_samples
+
+    print_samples(store, run, step, sample, limit, console)
+
+
+def _run_flow(
+    name: str, path: str, words: tuple[str, ...], dry_run: bool, **options: int | None
+) -> None:
+    from .arguments import load_config, recipes
+
+    config = load_config(recipes().get(path, path), words)
+    if dry_run:
+        console.print_json(json.dumps(config.model_dump(mode="json")))
+        return
+    ui = server.use_server()
+    from . import evaluate as evaluating
+    from . import train as training
+
+    flows = {"train": training.train, "sft": training.sft, "evaluate": evaluating.evaluate}
+    summary = asyncio.run(flows[name](config, **options))
+    _print_summary(config, summary, ui)
+
+
+def _print_summary(config: "RunConfig", summary: "RunSummary", ui: str) -> None:
+    console.print(f"\n{config.name}: {summary.outcome} in {summary.seconds:.0f} s")
+    for version, metrics in sorted(summary.evaluations.items()):
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("/reward"))
+        console.print(f"  after {version} steps: {shown}")
+    console.print(f"  store:       {summary.run.url}")
+    console.print(f"  picture:     {summary.picture}")
+    console.print(f"  Prefect UI:  {ui}")
+    console.print(f"  TensorBoard: tensorboard --logdir {summary.tensorboard}")
+    console.print(f"  samples:     rollflow rollouts show {config.name} --store {config.store.url}")

@@ -1,0 +1,60 @@
+"""Evaluation: of the weights in training, and of any checkpoint."""
+
+from prefect import flow
+
+from rollflow.storage.refs import BatchRef, RunRef
+from rollflow.tasks.checkpoint import checkpoint_weights
+from rollflow.tasks.engines import Engines, running_engines
+from rollflow.tasks.evaluate import evaluate_dataset, find_evaluation
+from rollflow.tasks.preflight import preflight
+
+from .config import RunConfig
+from .progress import Progress, RunSummary
+
+
+@flow(name="evaluate", flow_run_name="{config.name}")
+async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
+    """Evaluate a checkpoint of a run on every dataset of ``config.evals``.
+
+    Args:
+        step: the checkpoint's step; None for the newest. A run without a checkpoint is evaluated
+            with the weights at ``config.model.path``.
+    """
+    plan = await preflight(config)
+    weights = await checkpoint_weights(config.store, plan.run, step)
+    if weights:
+        model = config.model.model_copy(update={"path": weights.path, "random_weights": False})
+        config = config.model_copy(update={"model": model})
+    version = weights.step + 1 if weights else 0
+    with Progress(config, plan) as progress:
+        async with running_engines(config, plan, train=False) as engines:
+            await evaluate_weights(config, plan.run, engines, version, progress, always=True)
+        return progress.summary("evaluated")
+
+
+async def evaluate_weights(
+    config: RunConfig,
+    run: RunRef,
+    engines: Engines,
+    version: int,
+    progress: Progress,
+    *,
+    always: bool = False,
+) -> bool:
+    """Evaluate on the datasets that are due; whether ``config.stop`` is satisfied.
+
+    ``version`` counts the steps that the weights were trained. An evaluation that the store holds
+    already is read, not repeated.
+    """
+    metrics: dict[str, float] = {}
+    for dataset in config.evals:
+        if not (always or version in (0, config.steps) or dataset.due(version)):
+            continue
+        batch: BatchRef | None = await find_evaluation(config.store, run, dataset.name, version)
+        if batch is None:
+            batch = await progress.time(
+                "evaluate", evaluate_dataset(engines, dataset.name, version)
+            )
+        metrics.update(batch.metrics)
+    progress.evaluated(version, metrics)
+    return config.stop is not None and metrics.get(config.stop.metric, -1.0) >= config.stop.at_least

@@ -1,0 +1,176 @@
+"""What a person sees while a run goes on, and the numbers that are left afterwards."""
+
+import statistics
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import RunRef, StepRef
+from rollflow.storage.steps import read_steps
+from rollflow.tasks.preflight import RunPlan
+from rollflow.tasks.report import Board, Curve, write_picture
+
+from .config import RunConfig
+
+T = TypeVar("T")
+ENGINE_SECONDS = {
+    "generate": "perf/generate_s",
+    "score": "perf/score_s",
+    "write": "perf/write_s",
+    "train": "perf/train_s",
+    "sync": "perf/sync_s",
+}
+"""Phases whose engines report the seconds that they worked; the rest of the wait is orchestration."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """How a run ended."""
+
+    run: RunRef
+    outcome: str
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics of each evaluation, by the number of steps that the weights were trained."""
+    picture: str = ""
+    """URL of the reward curve."""
+    tensorboard: str = ""
+    seconds: float = 0.0
+    iteration_split_s: dict[str, float] = field(default_factory=dict)
+    """Median seconds of an iteration by phase, and ``total``."""
+    logprob_gap_max: float = 0.0
+    """Largest gap between trainer and rollout log-probabilities on any token of any step."""
+
+
+class Progress:
+    """The progress bar, the TensorBoard and the clock of a run."""
+
+    def __init__(self, config: RunConfig, plan: RunPlan) -> None:
+        self._config, self._run = config, plan.run
+        self.board = Board(Path(".rollflow/tensorboard").resolve() / config.name)
+        self._evaluations: dict[int, dict[str, float]] = {}
+        self._splits: list[dict[str, float]] = []
+        self._phases: dict[str, float] = {}
+        self._gap_max = 0.0
+        self._started = self._step_started = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._bars = Bars(*columns, transient=False)
+        self._bar = self._bars.add_task(
+            config.name, total=config.steps, completed=plan.next_step, numbers=""
+        )
+        if plan.skipped_rows:
+            self._bars.console.print(
+                f"{plan.skipped_rows} malformed rows of {config.data.path} are skipped"
+            )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+        self.board.close()
+
+    def begin(self) -> None:
+        """Start the clock of a step."""
+        self._phases = {}
+        self._step_started = time.perf_counter()
+
+    async def time(self, phase: str, work: Awaitable[T]) -> T:
+        """Await ``work`` and count its seconds to ``phase`` of the current step."""
+        self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
+        started = time.perf_counter()
+        try:
+            return await work
+        finally:
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
+
+    def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
+        """Close the step's clock; returns its metrics with the split of its seconds."""
+        total = time.perf_counter() - self._step_started
+        metrics = {**record.metrics, "perf/sync_s": sync_s}
+        split = {
+            phase: metrics.get(name, 0.0)
+            for phase, name in ENGINE_SECONDS.items()
+            if phase in self._phases
+        }
+        split["commit"] = self._phases["commit"]
+        split["orchestration"] = total - sum(split.values())
+        self._splits.append({**split, "total": total})
+        self._gap_max = max(self._gap_max, metrics.get("mismatch/logprob_gap_max", 0.0))
+        reward, loss = metrics.get("rollout/reward"), metrics.get("train/loss", float("nan"))
+        numbers = (
+            f"reward {reward:.3f}  loss {loss:+.4f}" if reward is not None else f"loss {loss:.4f}"
+        )
+        self._bars.update(self._bar, completed=record.step + 1, numbers=f"{numbers}  {total:.2f} s")
+        return {
+            **metrics,
+            "perf/step_s": total,
+            "perf/commit_s": split["commit"],
+            "perf/orchestration_s": split["orchestration"],
+        }
+
+    def evaluated(self, version: int, metrics: dict[str, float]) -> None:
+        """Show an evaluation of the weights that were trained ``version`` steps."""
+        if not metrics:
+            return
+        self._evaluations[version] = metrics
+        self.board.write(version, metrics)
+        shown = "  ".join(
+            f"{k.removeprefix('eval/')} {v:.3f}"
+            for k, v in metrics.items()
+            if k.endswith("/reward")
+        )
+        self._bars.console.print(f"{self._config.name}: after {version} steps  {shown}")
+
+    def summary(self, outcome: str) -> RunSummary:
+        """Draw the reward curve and sum the run up."""
+        return RunSummary(
+            run=self._run,
+            outcome=outcome,
+            evaluations=self._evaluations,
+            picture=write_picture(self._config.store, self._run, self._curves()),
+            tensorboard=str(self.board.folder),
+            seconds=time.perf_counter() - self._started,
+            iteration_split_s=median_split(self._splits),
+            logprob_gap_max=self._gap_max,
+        )
+
+    def _curves(self) -> list[Curve]:
+        steps = read_steps(Store(self._config.store), self._run)
+        curves = [
+            Curve(
+                "training reward",
+                [s.step for s in steps],
+                [s.metrics["rollout/reward"] for s in steps if "rollout/reward" in s.metrics],
+            )
+        ]
+        for name in sorted(
+            {k for m in self._evaluations.values() for k in m if k.endswith("/reward")}
+        ):
+            points = sorted((v, m[name]) for v, m in self._evaluations.items() if name in m)
+            curves.append(Curve(name, [v for v, _ in points], [y for _, y in points]))
+        return curves
+
+
+def median_split(splits: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds by phase, largest last ``total``; empty without steps."""
+    phases = list(splits[0]) if splits else []
+    return {p: statistics.median(s.get(p, 0.0) for s in splits) for p in phases}

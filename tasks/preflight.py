@@ -1,0 +1,170 @@
+"""Find every mistake before an engine starts: settings, hooks, data, model, store, run."""
+
+import importlib.metadata
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rollflow.engines.hooks import load_hook
+from rollflow.engines.platform import detect
+from rollflow.storage.checkpoints import newest_checkpoint
+from rollflow.storage.config import DataConfig
+from rollflow.storage.objects import Store
+from rollflow.storage.prompts import load_prompts
+from rollflow.storage.refs import CheckpointRef, RunRef
+from rollflow.storage.runs import create_run
+
+from .settings import RunSettings
+
+PACKAGES = (
+    "rollflow",
+    "torch",
+    "megatron-core",
+    "mbridge",
+    "sglang",
+    "sglang-router",
+    "transformers",
+    "ray",
+    "prefect",
+    "pyarrow",
+)
+MAY_CHANGE = ("steps", "cluster", "checkpoint", "store", "evals", "stop", "gates")
+"""Settings that do not decide what a committed step was: they may differ when a run goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What there is to do: the run, where it stands and what it starts from."""
+
+    run: RunRef
+    next_step: int
+    checkpoint: CheckpointRef | None
+    prompts: int
+    skipped_rows: int
+
+
+@task(name="preflight", cache_policy=NO_CACHE)
+async def preflight(config: RunSettings) -> RunPlan:
+    """Check everything that can be checked without an engine, then open or create the run.
+
+    Raises:
+        ValueError: names field, value and fix.
+    """
+    check_platform(config)
+    check_hooks(config)
+    check_model(config)
+    check_parallel(config)
+    store = Store(config.store)
+    prompts = load_prompts(store, config.data)
+    for dataset in config.evals:
+        load_prompts(store, dataset.data)
+    _check_enough("data", config.data, len(prompts.prompts), config.rollout.batch_size)
+    run = create_run(store, config.name, identity(config), versions(), code_revision())
+    checkpoint = newest_checkpoint(store, run)
+    return RunPlan(
+        run=run,
+        next_step=checkpoint.step + 1 if checkpoint else 0,
+        checkpoint=checkpoint,
+        prompts=len(prompts.prompts),
+        skipped_rows=len(prompts.skipped),
+    )
+
+
+def identity(config: RunSettings) -> dict[str, Any]:
+    """The settings that decide what a step computes: those that a continued run must repeat."""
+    tree = config.model_dump(mode="json")
+    return {key: value for key, value in tree.items() if key not in MAY_CHANGE}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute, as installed."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def code_revision() -> str:
+    """Git revision of rollflow's own source, with ``+`` where it was changed; empty without git."""
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def check_platform(config: RunSettings) -> None:
+    """The device exists and the dtype suits it."""
+    platform = detect(config.cluster.device)
+    if platform.device == "cpu" and config.model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype = {config.model.dtype!r} on a CPU: use 'float32', or set cluster.device to 'cuda'"
+        )
+
+
+def check_hooks(config: RunSettings) -> None:
+    """Every hook can be imported and has the right signature."""
+    load_hook(config.rollout.reward, "reward")
+    if config.rollout.generate:
+        load_hook(config.rollout.generate, "generate")
+    for dataset in config.evals:
+        if dataset.reward:
+            load_hook(dataset.reward, "reward")
+
+
+def check_model(config: RunSettings) -> None:
+    """The model's folder holds what both engines need."""
+    folder = Path(config.model.path)
+    needed = ["config.json", "tokenizer_config.json"]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.path = {config.model.path!r} has no {missing[0]}; "
+            "give the folder of a Hugging Face checkpoint"
+        )
+    if not config.model.random_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model.path = {config.model.path!r} has no *.safetensors; "
+            "add the weights or set model.random_weights = true"
+        )
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures")
+    if not architectures:
+        raise ValueError(f"model.path = {config.model.path!r}: config.json names no architectures")
+
+
+def check_parallel(config: RunSettings) -> None:
+    """The ranks can be laid out as the ``[megatron]`` table asks."""
+    size = 1
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+    ):
+        size *= int(config.megatron.get(name, 1))
+    if config.trainer.ranks % size:
+        raise ValueError(
+            f"trainer.ranks = {config.trainer.ranks} is no multiple of {size} "
+            "(tensor x pipeline x context parallel size in [megatron])"
+        )
+
+
+def _check_enough(field: str, data: DataConfig, rows: int, wanted: int) -> None:
+    if rows == 0:
+        raise ValueError(f"{field}.path = {data.path!r} has no usable row")
+    if rows < wanted:
+        print(f"{field}: {rows} prompts for batches of {wanted}; a batch will span epochs")

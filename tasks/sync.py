@@ -1,0 +1,24 @@
+"""Bring the trainer's weights to the rollout servers."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rollflow.engines import cluster
+
+from .engines import Engines
+
+
+@task(name="sync weights", cache_policy=NO_CACHE)
+async def sync_weights(engines: Engines, version: int) -> float:
+    """Push the weights under ``version``; each server's checksum and version are compared.
+
+    Returns:
+        Seconds that the push took; 0 where no server runs.
+    """
+    if not engines.has_servers:
+        return 0.0
+    [urls] = await cluster.call(engines.manager, "server_urls", timeout_s=engines.timeout_s)
+    results = await cluster.call(
+        engines.ranks, "push_weights", urls, version, timeout_s=engines.timeout_s
+    )
+    return results[0].seconds

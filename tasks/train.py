@@ -1,0 +1,29 @@
+"""Train on a committed batch."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rollflow.engines import cluster
+from rollflow.engines.megatron.actor import TrainResult
+from rollflow.storage.refs import BatchRef
+
+from .engines import Engines
+
+
+@task(name="train step", cache_policy=NO_CACHE)
+async def train_step(engines: Engines, batch: BatchRef) -> TrainResult:
+    """Every rank reads its share of the batch from the store and takes part in the update.
+
+    Raises:
+        GateError: trainer and rollout disagree about log-probabilities, or the first ratio is not 1.
+        RuntimeError: ranks ended with different weights.
+    """
+    results = await cluster.call(engines.ranks, "train", batch, timeout_s=engines.timeout_s)
+    if len({r.weights_digest for r in results}) > 1:
+        digests = ", ".join(
+            f"{n}: {r.weights_digest[:12]}" for n, r in zip(engines.ranks, results, strict=True)
+        )
+        raise RuntimeError(
+            f"step {batch.step}: the ranks' weights differ after training ({digests})"
+        )
+    return results[0]

@@ -1,0 +1,103 @@
+"""Settings: file and command line mean the same, mistakes are named with their fix."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rollflow.flows.arguments import build_config, load_config, overlay, recipes
+
+BASE = {
+    "name": "run",
+    "steps": 3,
+    "model": {"path": "model"},
+    "data": {"path": "train.jsonl"},
+    "rollout": {"reward": "pkg.mod:fn"},
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "value"),
+    [
+        (["--rollout.batch-size", "64"], ("rollout", "batch_size"), 64),
+        (["--rollout-batch-size=64"], ("rollout", "batch_size"), 64),
+        (["--sglang-mem-fraction-static", "0.5"], ("sglang", "mem_fraction_static"), 0.5),
+        (["--router-policy", "round_robin"], ("router", "policy"), "round_robin"),
+        (["--tensor-model-parallel-size", "2"], ("megatron", "tensor_model_parallel_size"), 2),
+        (["--lr", "1e-4"], ("megatron", "lr"), 1e-4),
+        (["--sequence-parallel"], ("megatron", "sequence_parallel"), True),
+        (["--data.path", "s3://b/x.jsonl@[0:5]"], ("data", "path"), "s3://b/x.jsonl@[0:5]"),
+    ],
+)
+def test_a_word_on_the_command_line_means_the_same_as_a_key_in_the_file(words, place, value):
+    table, key = place
+    by_words = build_config(overlay(BASE, words))
+    by_file = build_config({**BASE, table: {**BASE.get(table, {}), key: value}})
+    assert by_words == by_file
+
+
+def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
+    overlay(BASE, ["--rollout.batch_size", "64"])
+    assert "batch_size" not in BASE["rollout"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--rollout.bach_size", "3"],
+            "rollout.bach_size is not a setting; did you mean 'batch_size'?",
+        ),
+        (["--algorithm.eps_clp", "1"], "did you mean 'eps_clip'?"),
+        (["--algorithm.name", "grop"], "'grpo', 'sft'"),
+        (["--tensor-modl-parallel-size", "2"], "did you mean megatron.tensor_model_parallel_size?"),
+        (["--sglang-mem-fraction", "1"], "did you mean sglang.mem_fraction_static?"),
+        (["--router-polcy", "x"], "did you mean router.policy?"),
+        (["--sglang-model-path", "x"], "sglang.model_path is set by rollflow: use model.path"),
+        (["--router-port", "1"], "router.port is set by rollflow"),
+        (["--steps", "-1"], "steps = -1"),
+        (["--trainer.updates_per_batch", "3"], "rollout.batch_size = 32"),
+        (["--stop", '{metric = "eval/x/reward", at_least = 1}'], "stop.metric"),
+        (["steps", "3"], "'steps' stands where a --setting is expected"),
+        (["--name", "a b"], "name = 'a b'"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(words, message):
+    with pytest.raises(ValueError) as caught:
+        build_config(overlay(BASE, words))
+    assert message in str(caught.value)
+
+
+def test_every_mistake_is_listed_at_once():
+    with pytest.raises(ValueError) as caught:
+        build_config(overlay(BASE, ["--steps", "0", "--rollout.seedd", "1"]))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_is_a_valid_configuration(name):
+    assert load_config(recipes()[name]).steps > 0
+
+
+def test_a_missing_file_is_named_with_the_nearest_recipe():
+    with pytest.raises(ValueError, match=r"did you mean .*arithmetic_cpu\.toml"):
+        load_config("aritmetic_cpu.toml")
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ValueError, match=r"bad\.toml is not valid TOML.*line 1"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    "module", ["rollflow.storage", "rollflow.storage.inspect", "rollflow.flows.config"]
+)
+def test_settings_and_storage_import_without_the_engines_packages(module):
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'sglang', 'megatron', 'transformers', 'prefect'):\n"
+        "    sys.modules[name] = None\n"
+        f"import {module}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
