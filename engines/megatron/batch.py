@@ -1,0 +1,195 @@
+"""From samples to packed micro-batches: who computes which tokens.
+
+Every rank makes the same plan from the whole batch and keeps its part, so no rank has to tell
+another what it holds. Rows are spread by length over the data parallel ranks, then packed into
+micro-batches within the token budget; every rank gets the same number of micro-batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.algorithms.policy import compute_advantages, needs
+from rollflow.engines.algorithms.reduction import sample_weights
+from rollflow.storage.samples import Sample, Status
+
+from .attention import PackedSequences, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sample as the trainer sees it. ``t`` = tokens - 1: the last token predicts nothing."""
+
+    group_id: str
+    tokens_t: Tensor
+    """What goes in, long."""
+    trained_m: Tensor
+    """Places in ``tokens_t`` whose next token is trained on, long."""
+    targets_m: Tensor
+    """Those next tokens."""
+    rollout_logprobs_m: Tensor
+    advantage: float
+    stale: bool
+    """Some token was sampled by other weights than the batch's step names."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Packed rows: ``T`` tokens go in, ``M`` of them have a next token that is trained on."""
+
+    tokens_T: Tensor
+    packed: PackedSequences
+    trained_M: Tensor
+    targets_M: Tensor
+    weights_M: Tensor
+    advantages_M: Tensor
+    rollout_logprobs_M: Tensor
+
+
+def make_rows(samples: Sequence[Sample], config: AlgorithmConfig, version: int) -> list[Row]:
+    """The samples that can be trained on, in their order; the others had nothing to give.
+
+    Left out are samples that failed, that miss a reward which the algorithm needs, or that have no
+    trained token; none of them counts in a group's statistics unless it has a reward.
+    """
+    rewards = [None if s.status is Status.FAILED else s.reward for s in samples]
+    advantages = compute_advantages(config, rewards, [s.group_id for s in samples]).tolist()
+    rows: list[Row] = []
+    for sample, reward, advantage in zip(samples, rewards, advantages, strict=True):
+        if sample.status is Status.FAILED or (reward is None and needs(config).rewards):
+            continue
+        row = _row(sample, advantage, version)
+        if len(row.trained_m):
+            rows.append(row)
+    return rows
+
+
+def cut_mini_batches(rows: Sequence[Row], updates: int) -> list[list[Row]]:
+    """Cut the rows into ``updates`` mini-batches of whole groups, in order of the group ids.
+
+    Raises:
+        ValueError: there are fewer groups than updates.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group_id, []).append(row)
+    names = sorted(groups)
+    if len(names) < updates:
+        raise ValueError(
+            f"trainer.updates_per_batch is {updates} but the batch has {len(names)} groups to "
+            "train on; lower it or generate more prompts per step"
+        )
+    borders = [round(i * len(names) / updates) for i in range(updates + 1)]
+    return [
+        [row for name in names[a:b] for row in groups[name]]
+        for a, b in zip(borders, borders[1:], strict=False)
+    ]
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], ranks: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Which rows each rank takes in which micro-batch: ``[rank][micro-batch][row numbers]``.
+
+    No micro-batch exceeds ``max_tokens`` unless by one long row alone. All ranks have equally many;
+    one that a rank has no row for is empty.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in longest_first:
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[i]
+        shares[rank].append(i)
+    plan = [_fill(share, lengths, max_tokens) for share in shares]
+    count = max(len(bins) for bins in plan)
+    return [_spread(bins, count) for bins in plan]
+
+
+def make_micro_batches(
+    rows: Sequence[Row],
+    config: AlgorithmConfig,
+    *,
+    rank: int,
+    ranks: int,
+    max_tokens: int,
+    device: str,
+) -> list[MicroBatch]:
+    """This data parallel rank's micro-batches of one mini-batch of ``rows``.
+
+    Each token's weight is its share of the loss of the whole mini-batch.
+    """
+    weights = sample_weights([len(r.trained_m) for r in rows], config.reduction)
+    plan = plan_micro_batches([len(r.tokens_t) for r in rows], ranks, max_tokens)
+    return [
+        _pack_rows([rows[i] for i in bin_], [weights[i] for i in bin_], device)
+        if bin_
+        else _pack_rows([rows[0]], [0.0], device)
+        for bin_ in plan[rank]
+    ]
+
+
+def _row(sample: Sample, advantage: float, version: int) -> Row:
+    tokens = torch.tensor(sample.prompt_ids + sample.response_ids, dtype=torch.long)
+    first = len(sample.prompt_ids)
+    response_m = torch.tensor(sample.loss_mask, dtype=torch.bool).nonzero().flatten()
+    if first == 0:
+        response_m = response_m[response_m > 0]
+    place_m = response_m + first
+    logprobs = torch.tensor(sample.rollout_logprobs, dtype=torch.float32)
+    return Row(
+        group_id=sample.group_id,
+        tokens_t=tokens[:-1],
+        trained_m=place_m - 1,
+        targets_m=tokens[place_m],
+        rollout_logprobs_m=logprobs[response_m],
+        advantage=advantage,
+        stale=any(v != version for v in sample.policy_versions),
+    )
+
+
+def _fill(share: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First fit, longest first."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in share:
+        fits = (b for b, left in enumerate(room) if lengths[i] <= left)
+        b = next(fits, len(bins))
+        if b == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[b].append(i)
+        room[b] -= lengths[i]
+    return bins
+
+
+def _spread(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Split the fullest micro-batches until there are ``count``."""
+    bins = [sorted(b) for b in bins]
+    while len(bins) < count:
+        fullest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
+        rows = [] if fullest is None else bins[fullest]
+        bins.append(rows[1::2])
+        if fullest is not None and len(rows) > 1:
+            bins[fullest] = rows[::2]
+    return bins
+
+
+def _pack_rows(rows: Sequence[Row], weights: Sequence[float], device: str) -> MicroBatch:
+    lengths = [len(row.tokens_t) for row in rows]
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    trained = [row.trained_m + start for row, start in zip(rows, starts, strict=True)]
+    counts = torch.tensor([len(row.trained_m) for row in rows])
+    advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
+    return MicroBatch(
+        tokens_T=torch.cat([row.tokens_t for row in rows]).to(device),
+        packed=pack(lengths, device),
+        trained_M=torch.cat(trained).to(device),
+        targets_M=torch.cat([row.targets_m for row in rows]).to(device),
+        weights_M=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts).to(device),
+        advantages_M=advantages.repeat_interleave(counts).to(device),
+        rollout_logprobs_M=torch.cat([row.rollout_logprobs_m for row in rows]).to(device),
+    )

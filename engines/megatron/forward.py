@@ -1,0 +1,133 @@
+"""Passes over micro-batches through megatron-core's schedules: log-probabilities, or gradients."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from rollflow.engines.algorithms.logprobs import target_logprobs
+from rollflow.engines.algorithms.metrics import Metrics
+from rollflow.engines.cpu.megatron import cuda_means_cpu
+
+from .batch import MicroBatch
+from .model import Model
+
+LossFn = Callable[[int, Tensor, Tensor], tuple[Tensor, Metrics]]
+"""(number of the micro-batch, log-probs [M], entropies [M]) -> (its share of the loss, metrics)."""
+
+
+def logprobs_of(
+    model: Model, micro_batches: Sequence[MicroBatch], temperature: float
+) -> list[Tensor]:
+    """Log-probabilities of the trained tokens, [M] for each micro-batch, without a gradient.
+
+    Empty on a rank that does not hold the last pipeline stage.
+    """
+
+    def keep(number: int, logprobs_M: Tensor, entropy_M: Tensor) -> tuple[Tensor, Any]:
+        return logprobs_M.sum(), logprobs_M
+
+    with torch.no_grad():
+        return _run(model, micro_batches, temperature, keep, forward_only=True)
+
+
+def accumulate_gradients(
+    model: Model, micro_batches: Sequence[MicroBatch], temperature: float, loss_fn: LossFn
+) -> Metrics:
+    """Gradient of the mini-batch's loss, summed over micro-batches and ranks, into the model.
+
+    The metrics are of the micro-batches of this data parallel rank.
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+        chunk.module.zero_grad(set_to_none=True)
+    metrics = Metrics()
+    for piece in _run(model, micro_batches, temperature, loss_fn, forward_only=False):
+        metrics = metrics.merge(piece)
+    return metrics
+
+
+def reduce_over_ranks(metrics: Metrics) -> dict[str, float]:
+    """The scalars over all ranks that hold data, the same on every rank."""
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    values = [metrics.reduce(_all_reduce_data).values() if last else {}]
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast_object_list(
+            values,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return values[0]
+
+
+def _run(
+    model: Model,
+    micro_batches: Sequence[MicroBatch],
+    temperature: float,
+    loss_fn: Callable[[int, Tensor, Tensor], tuple[Tensor, Any]],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    vocab_rank = parallel_state.get_tensor_model_parallel_rank()
+    split = parallel_state.get_tensor_model_parallel_world_size() > 1
+
+    def loss(number: int, batch: MicroBatch, logits_1TV: Tensor) -> tuple[Tensor, Tensor, Any]:
+        logits_MV = logits_1TV[0].index_select(0, batch.trained_M)
+        logprobs_M, entropy_M = target_logprobs(
+            logits_MV,
+            batch.targets_M,
+            temperature=temperature,
+            vocab_start=vocab_rank * logits_MV.shape[1],
+            vocab_size=model.vocab_size,
+            all_reduce=_all_reduce_vocab if split else None,
+        )
+        share, kept = loss_fn(number, logprobs_M, entropy_M)
+        # The count is megatron-core's divisor of a sum over tokens; our weights divide already.
+        return share, torch.zeros((), dtype=torch.int, device=share.device), kept
+
+    def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: Any) -> tuple[Tensor, Any]:
+        number, batch = next(batches)
+        output = chunk(
+            input_ids=batch.tokens_T[None],
+            position_ids=batch.packed.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=batch.packed,
+        )
+        return output, partial(loss, number, batch)
+
+    for chunk in model.chunks:
+        chunk.config.finalize_model_grads_func = _finalize
+    iterators = [iter(list(enumerate(micro_batches))) for _ in model.chunks]
+    with cuda_means_cpu():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=model.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(batch.tokens_T) for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    finalize_model_grads(chunks, None, **options)
+
+
+def _all_reduce_vocab(tensor: Tensor, op: Literal["sum", "max"]) -> None:
+    group = parallel_state.get_tensor_model_parallel_group()
+    dist.all_reduce(tensor, _OPS[op], group=group)
+
+
+def _all_reduce_data(tensor: Tensor, op: Literal["sum", "max"]) -> None:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(tensor, _OPS[op], group=group)
+
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}

@@ -1,0 +1,77 @@
+"""Optimizer and learning-rate schedule: megatron-core's own, set up from the settings."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rollflow.engines.cpu.megatron import cuda_means_cpu
+
+from .config import TrainerConfig
+from .gates import check_gradient
+from .model import HAS_TE, Model
+from .settings import Settings
+
+DEFAULTS: dict[str, Any] = {"lr": 1e-6, "min_lr": 0.0, "clip_grad": 1.0}
+"""Where the ``[megatron]`` table is silent and megatron-core has no default or one for pretraining."""
+
+
+def build_optimizer(
+    model: Model, settings: Settings, trainer: TrainerConfig, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Adam over the model's parameters, and its schedule over ``total_steps`` batches.
+
+    Raises:
+        ValueError: the warmup is not shorter than the decay, or the distributed optimizer was asked
+            for where its checkpoints cannot be loaded.
+    """
+    values = DEFAULTS | settings.optimizer
+    if values.get("use_distributed_optimizer") and not HAS_TE:
+        raise ValueError(
+            "megatron.use_distributed_optimizer is true but TransformerEngine is not installed; "
+            "megatron-core 0.16.1 then loads its checkpoints wrongly. Set it to false"
+        )
+    bf16 = model.dtype is torch.bfloat16
+    config = OptimizerConfig(**{**values, "bf16": bf16, "params_dtype": model.dtype})
+    decay = trainer.lr_decay_steps or max(1, total_steps * trainer.updates_per_batch)
+    if trainer.lr_warmup_steps >= decay:
+        raise ValueError(
+            f"trainer.lr_warmup_steps is {trainer.lr_warmup_steps}, not below the {decay} updates "
+            "over which the learning rate decays; lower it"
+        )
+    with cuda_means_cpu():
+        optimizer = get_megatron_optimizer(config, model.chunks)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=values["lr"],
+        min_lr=values["min_lr"],
+        lr_warmup_steps=trainer.lr_warmup_steps,
+        lr_decay_steps=decay,
+        lr_decay_style=trainer.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=decay,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def update(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, step: int
+) -> tuple[float, float]:
+    """One update from the gradients that stand; gives (gradient norm before clipping, its rate).
+
+    The schedule advances first: update n of a warmup of w has n/w of the rate, never 0.
+
+    Raises:
+        GateError: the gradient is not finite; neither weights nor schedule were touched.
+    """
+    with cuda_means_cpu():
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        check_gradient(grad_norm, step)
+        scheduler.step(1)
+        optimizer.step()
+    return grad_norm, float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,67 @@
+"""Process groups and random states of a trainer rank."""
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from rollflow.engines.cpu import megatron as cpu_support
+from rollflow.engines.cpu.megatron import cuda_means_cpu
+
+from .settings import Settings
+
+MODEL_PARALLEL_SEED_OFFSET = 2718
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """Rank 0's meeting point, on a free port of ``host`` that stays taken from here on."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def join(
+    store: dist.TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float
+) -> None:
+    """Make the default process group. Every rank must call it within ``timeout_s`` seconds."""
+    if store.host.startswith("127.") and backend == "gloo":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def connect_store(master: str, timeout_s: float) -> dist.TCPStore:
+    """A client of rank 0's meeting point ``host:port``."""
+    host, _, port = master.rpartition(":")
+    timeout = datetime.timedelta(seconds=timeout_s)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
+def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:
+    """Divide the ranks into megatron-core's groups and seed every source of random numbers.
+
+    Ranks of one pipeline stage start from the same seed, so random weights agree among them.
+    """
+    cpu_support.install()
+    with cuda_means_cpu():
+        parallel_state.initialize_model_parallel(
+            settings.tensor_parallel,
+            settings.pipeline_parallel,
+            context_parallel_size=settings.context_parallel,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        )
+        seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def leave() -> None:
+    """Take the process groups down; harmless when there are none."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
