@@ -19,6 +19,10 @@ class StoreConfig(Config):
     options: dict[str, Any] = Field(default_factory=dict)
     """fsspec storage options, e.g. ``{endpoint_url = "http://127.0.0.1:9000"}``. Credentials do not
     belong here: they come from the environment or the provider's standard chain."""
+    max_retries: int = Field(default=5, ge=0)
+    """Times that an operation is tried again after a transient fault of the store."""
+    retry_backoff_s: float = Field(default=0.2, gt=0)
+    """Pause before the first retry; each further one doubles."""
 
 
 class DataConfig(Config):

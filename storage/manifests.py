@@ -1,0 +1,179 @@
+"""Commit point A: a batch exists once its manifest does. Rollouts and evaluations alike."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from .integrity import ManifestError, Record, pack_metrics, seal, sha256_hex, unpack_metrics, unseal
+from .objects import Store
+from .refs import BatchRef, RunRef
+from .samples import Sample
+from .schema import SCHEMA, from_table
+from .shards import MANIFEST, Part, read_part
+
+FORMAT = "rollflow.batch/1"
+
+
+def batch_folder(run: RunRef, step: int, dataset: str | None = None) -> str:
+    """Give the URL of a step's rollouts, or of its evaluation on ``dataset``."""
+    kind = "rollouts" if dataset is None else f"evals/{dataset}"
+    return f"{run.url}/{kind}/step-{step:06d}"
+
+
+def commit_batch(
+    store: Store,
+    run: RunRef,
+    folder: str,
+    step: int,
+    parts: Sequence[Part],
+    *,
+    groups: int,
+    policy_versions: Sequence[int],
+    metrics: Mapping[str, float],
+    ledger: Mapping[str, Any],
+    dataset: str | None = None,
+) -> BatchRef:
+    """Write the manifest of parts that stand in ``folder``: commit point A.
+
+    ``folder`` is ``batch_folder(run, step, dataset)``. ``policy_versions`` are all that occur in
+    the parts; ``ledger`` is any JSON object. Committing the same parts again gives the ref that
+    stands; other parts under a committed manifest, a part that is missing and one that nobody
+    named are ManifestErrors.
+    """
+    folder = store.join(folder)
+    if folder != (right := batch_folder(run, step, dataset)):
+        raise ValueError(f"folder is {folder!r}; a batch of this run and step goes to {right!r}")
+    record: Record = {
+        "format": FORMAT,
+        "run": run.name,
+        "step": step,
+        "dataset": dataset,
+        "digest": parts_digest(parts),
+        "rows": sum(part.rows for part in parts),
+        "groups": groups,
+        "policy_versions": sorted(set(policy_versions)),
+        "parts": [asdict(part) for part in parts],
+        "metrics": pack_metrics(metrics),
+        "ledger": dict(ledger),
+        "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    url = store.join(folder, MANIFEST)
+    if not store.exists(url):
+        _check_folder(store, folder, parts)
+    try:
+        store.put_new(url, seal(record))
+    except FileExistsError:
+        standing = read_manifest(store, folder)
+        if standing["digest"] != record["digest"]:
+            raise ManifestError(
+                url, f"digest {record['digest']}", f"digest {standing['digest']}, committed before"
+            ) from None
+        return _ref(run, folder, standing)
+    return _ref(run, folder, record)
+
+
+def find_batch(store: Store, run: RunRef, step: int, dataset: str | None = None) -> BatchRef | None:
+    """Give the committed batch of a step, or None where there is no manifest."""
+    folder = batch_folder(run, step, dataset)
+    try:
+        return _ref(run, folder, read_manifest(store, folder))
+    except FileNotFoundError:
+        return None
+
+
+def batch_steps(store: Store, run: RunRef, dataset: str | None = None) -> list[int]:
+    """Give the steps that have a batch folder, committed or not, in order."""
+    names = store.children(batch_folder(run, 0, dataset).rpartition("/")[0])
+    return sorted(int(n.removeprefix("step-")) for n in names if n.startswith("step-"))
+
+
+def read_batch(store: Store, ref: BatchRef) -> list[Sample]:
+    """Read a batch, verified, ordered by group and index whatever order it was finished in."""
+    return from_table(read_table(store, ref))
+
+
+def read_table(store: Store, ref: BatchRef) -> pa.Table:
+    """Read a batch as one table of ``SCHEMA``, verified, ordered by group and index.
+
+    ManifestError where the manifest is damaged or is not the ref's, where a part is missing, torn
+    or changed, and where a sample occurs twice.
+    """
+    manifest = read_manifest(store, ref.url)
+    url = store.join(ref.url, MANIFEST)
+    if manifest["digest"] != ref.digest:
+        raise ManifestError(url, f"digest {ref.digest}", f"digest {manifest['digest']}")
+    parts = manifest_parts(manifest)
+    table = pa.concat_tables(
+        [SCHEMA.empty_table(), *(read_part(store, ref.url, part) for part in parts)]
+    )
+    _check_samples(table, manifest, url)
+    return table.sort_by([("group_id", "ascending"), ("index", "ascending")])
+
+
+def read_manifest(store: Store, folder: str) -> Record:
+    """Read a batch folder's manifest; FileNotFoundError where it is not committed."""
+    url = store.join(folder, MANIFEST)
+    manifest = unseal(store.get(url), url, FORMAT)
+    if (found := parts_digest(manifest_parts(manifest))) != manifest["digest"]:
+        raise ManifestError(url, f"digest {manifest['digest']}", f"digest {found} of its parts")
+    return manifest
+
+
+def manifest_parts(manifest: Record) -> list[Part]:
+    """Give the parts that a manifest names."""
+    return [Part(**part) for part in manifest["parts"]]
+
+
+def find_strays(store: Store, ref: BatchRef) -> list[str]:
+    """Give the URLs of objects in a committed folder that its manifest does not name.
+
+    They are never read; a late or second writer has left them.
+    """
+    named = {part.name for part in manifest_parts(read_manifest(store, ref.url))} | {MANIFEST}
+    known = {store.join(ref.url, name) for name in named}
+    return [url for url in store.list(ref.url) if url not in known]
+
+
+def parts_digest(parts: Sequence[Part]) -> str:
+    """Give the batch's name: the sha256 over its parts' names, rows, sizes and checksums."""
+    return sha256_hex("\n".join(f"{p.name} {p.rows} {p.bytes} {p.sha256}" for p in parts).encode())
+
+
+def _check_folder(store: Store, folder: str, parts: Sequence[Part]) -> None:
+    expected = [part.name for part in parts]
+    if len(set(expected)) != len(expected):
+        raise ManifestError(folder, "each part once", f"{expected}")
+    found = store.children(folder)
+    if missing := sorted(set(expected) - set(found)):
+        raise ManifestError(f"{folder}/{missing[0]}", "a part", "no such object")
+    if strays := sorted(set(found) - set(expected)):
+        raise ManifestError(
+            f"{folder}/{strays[0]}", "no part of that name", "one of another writer"
+        )
+
+
+def _check_samples(table: pa.Table, manifest: Record, url: str) -> None:
+    """Check what only the whole can show: every sample once, as many groups as promised."""
+    group_ids = table.column("group_id").to_pylist()
+    counts = Counter(zip(group_ids, table.column("index").to_pylist(), strict=True))
+    for (group_id, index), count in counts.items():
+        if count > 1:
+            raise ManifestError(url, f"sample {group_id}#{index} once", f"{count} times")
+    if (found := len(set(group_ids))) != manifest["groups"]:
+        raise ManifestError(url, f"{manifest['groups']} groups", f"{found} groups")
+
+
+def _ref(run: RunRef, folder: str, manifest: Record) -> BatchRef:
+    return BatchRef(
+        run=run,
+        step=manifest["step"],
+        url=folder,
+        rows=manifest["rows"],
+        groups=manifest["groups"],
+        digest=manifest["digest"],
+        metrics=unpack_metrics(manifest["metrics"]),
+    )

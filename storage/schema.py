@@ -1,0 +1,136 @@
+"""Samples as Arrow: schema v1, one row a sample, and the exact way there and back."""
+
+import json
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .integrity import exact_json
+from .samples import Sample, Status
+
+SCHEMA = pa.schema(
+    [
+        pa.field("run", pa.string(), nullable=False),
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("episode_id", pa.string(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
+        pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("policy_versions", pa.list_(pa.int32()), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=True),
+        pa.field("reward_parts", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("grader", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=True),
+        pa.field("metadata", pa.string(), nullable=False),
+        pa.field("sampling", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("engine", pa.string(), nullable=False),
+        pa.field("template", pa.string(), nullable=False),
+        pa.field("generate_s", pa.float64(), nullable=False),
+        pa.field("score_s", pa.float64(), nullable=False),
+        pa.field("cached_tokens", pa.int64(), nullable=False),
+    ],
+    metadata={"rollflow.schema": "1"},
+)
+"""Schema v1; storage/README.md explains every column."""
+
+JSON_COLUMNS = ("metadata", "sampling")
+"""Columns that hold a JSON object as text."""
+
+
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """Give the samples as a table of ``SCHEMA``, in their order.
+
+    Log-probabilities are kept as float32, the type the engines compute them in; everything else is
+    kept exactly. ValueError names the sample and column of a value that the schema cannot hold.
+    """
+    columns = [_column(field, samples) for field in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Sample]:
+    """Give the table's rows as samples, in their order; ValueError where it is not schema v1."""
+    check_schema(table.schema)
+    columns = [_values(field, table.column(field.name)) for field in SCHEMA]
+    names = SCHEMA.names
+    return [Sample(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Refuse a schema that is not v1, naming its version or the columns that differ."""
+    version = (schema.metadata or {}).get(b"rollflow.schema", b"none").decode()
+    if version != "1":
+        raise ValueError(f"rollflow.schema is {version}; this version of rollflow reads 1")
+    if not schema.equals(SCHEMA):
+        ours, theirs = set(SCHEMA), set(schema)
+        differing = sorted({field.name for field in ours ^ theirs}) or "their order"
+        raise ValueError(f"columns differ from schema 1: {differing}; write them with to_table")
+
+
+def _column(field: pa.Field, samples: Sequence[Sample]) -> pa.Array:
+    values = [getattr(sample, field.name) for sample in samples]
+    if field.name in JSON_COLUMNS:
+        values = [
+            json.dumps(exact_json(value, f"sample {sample.sample_id}: {field.name}"))
+            for sample, value in zip(samples, values, strict=True)
+        ]
+    try:
+        return _array(field.type, values)
+    except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
+        raise _bad_value(field, samples, values) from error
+
+
+def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
+    if pa.types.is_list(kind):
+        offsets = np.zeros(len(values) + 1, np.int32)
+        np.cumsum([len(value) for value in values], out=offsets[1:])
+        flat = pa.array(list(chain.from_iterable(values)), kind.value_type)
+        return pa.ListArray.from_arrays(offsets, flat, type=kind)
+    if pa.types.is_map(kind):
+        values = [list(value.items()) for value in values]
+    return pa.array(values, kind)
+
+
+def _bad_value(field: pa.Field, samples: Sequence[Sample], values: list[Any]) -> ValueError:
+    """Find the first value that does not fit, to name it."""
+    for sample, value in zip(samples, values, strict=True):
+        try:
+            _array(field.type, [value])
+        except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
+            return ValueError(
+                f"sample {sample.sample_id}: {field.name} is {value!r:.200}, "
+                f"which {field.type} cannot hold ({error}); give a value of that type"
+            )
+    return ValueError(f"{field.name}: more than {field.type} can hold; write smaller shards")
+
+
+def _values(field: pa.Field, column: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_list(field.type):
+        return list(chain.from_iterable(_lists(chunk) for chunk in column.chunks))
+    values = column.to_pylist()
+    if field.name in JSON_COLUMNS:
+        return [json.loads(value) for value in values]
+    if pa.types.is_map(field.type):
+        return [dict(value) for value in values]
+    if field.name == "status":
+        return [Status(value) for value in values]
+    return values
+
+
+def _lists(chunk: pa.ListArray) -> list[list[Any]]:
+    """Cut the flat values by offset: about ten times as fast as ``to_pylist``."""
+    offsets = chunk.offsets.to_numpy().tolist()
+    flat = chunk.values.to_numpy(zero_copy_only=False).tolist()
+    return [flat[a:b] for a, b in pairwise(offsets)]
