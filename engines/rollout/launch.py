@@ -1,0 +1,114 @@
+"""``python -m rollflow.engines.rollout.launch server|router``: one process that its owner keeps.
+
+The owner writes one line of JSON, the arguments, to standard input and leaves the pipe open. A
+guard waits for the end of the pipe, which comes whatever ended the owner, and then kills the
+process and all that it started: no orphan. The guard is a process of its own because the router
+never lets another Python thread run.
+"""
+
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import tempfile
+from typing import Any
+
+ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+"""SGLang's own switch, set by the owner. Processes that SGLang spawns inherit it, and import this
+module before any of SGLang's."""
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+if ON_CPU and __name__ == "__mp_main__":
+    from rollflow.engines.cpu import sglang as _cpu_support
+
+    _cpu_support.install()
+
+
+def main() -> int:
+    """Run what ``sys.argv[1]`` names until it ends or its owner does; gives its exit status."""
+    run = {"server": run_server, "router": run_router}[sys.argv[1]]
+    arguments = json.loads(_read_line())
+    temporary = tempfile.mkdtemp(prefix="rfs-")
+    guard = os.getpid()
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    child = os.fork()
+    if child == 0:
+        os.environ["TMPDIR"] = tempfile.tempdir = temporary
+        os.setpgid(0, 0)
+        _die_with_guard(guard)
+        run(arguments)
+        return 0
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: os.killpg(child, signal.SIGKILL))
+    try:
+        return _guard(child)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def run_server(arguments: dict[str, Any]) -> None:
+    """Run one SGLang HTTP server. ``arguments``: fields of its ServerArgs."""
+    if ON_CPU:
+        from rollflow.engines.cpu import sglang as cpu_support
+
+        cpu_support.install()
+        cpu_support.fork_subprocesses()
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import ServerArgs
+
+    launch_server(ServerArgs(**arguments))
+
+
+def run_router(arguments: dict[str, Any]) -> None:
+    """Run one sglang-router. ``arguments``: fields of its RouterArgs."""
+    from sglang_router.launch_router import launch_router
+    from sglang_router.router_args import RouterArgs
+
+    launch_router(RouterArgs(**arguments))  # pyright: ignore[reportArgumentType]
+
+
+def _read_line() -> bytes:
+    """Read one line from standard input and not a byte more, so that nothing is left buffered."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            raise SystemExit("the owner closed the pipe before it sent arguments")
+        line += byte
+    return line
+
+
+def _guard(child: int) -> int:
+    """Wait for the child or for the end of standard input, then end and reap all that it started."""
+    poll = select.poll()
+    poll.register(os.pidfd_open(child), select.POLLIN)
+    poll.register(0, select.POLLIN | select.POLLHUP)
+    poll.poll()
+    os.killpg(child, signal.SIGKILL)
+    status = 0
+    try:
+        while True:  # orphans of the child are handed to this process
+            pid, ended = os.wait()
+            status = ended if pid == child else status
+    except ChildProcessError:
+        return os.waitstatus_to_exitcode(status)
+
+
+def _die_with_guard(guard: int) -> None:
+    """Have the kernel kill this process when the guard ends, even by SIGKILL."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
