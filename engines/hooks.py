@@ -211,11 +211,12 @@ def hook_version(path: str) -> str:
     hook = _find(path, "hook")
     module = inspect.getmodule(inspect.unwrap(hook)) if inspect.isroutine(hook) else None
     module = module or importlib.import_module(path.partition(":")[0])
-    if not module.__file__:
+    file = getattr(module, "__file__", None)
+    if file is None:
         raise ValueError(
             f"hook {path!r} has no file to take its version from; define it in a module of your own"
         )
-    digest = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return f"{path}@{digest[:12]}"
 
 
