@@ -5,7 +5,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
@@ -17,8 +18,10 @@ from .retries import with_retries
 
 T = TypeVar("T")
 Names = list[str]
+Blobs = list[bytes]
 
 _CHUNK_BYTES = 8 << 20
+_READERS = 16
 
 
 class Store:
@@ -54,6 +57,10 @@ class Store:
         """Give the URL of a run's prefix."""
         return self.join("runs", name)
 
+    def local_path(self, path: str) -> Path | None:
+        """Give the object's or folder's place on this machine's disk; None in a remote store."""
+        return Path(self.join(path)) if self._local else None
+
     def put_atomic(self, path: str, data: bytes) -> str:
         """Write an object, replacing one of that name; give its URL. Durable when it returns."""
         if self._local:
@@ -76,7 +83,12 @@ class Store:
             )
         if self.exists(path):
             raise FileExistsError(errno.EEXIST, "object exists already", self.join(path))
-        return self._write("create", path, lambda p: self._fs.pipe_file(p, data, mode="create"))
+        try:
+            return self._write("create", path, lambda p: self._fs.pipe_file(p, data, mode="create"))
+        except OSError as error:  # a refused condition is EINVAL where the server does not name it
+            if error.errno == errno.EINVAL and self.exists(path):
+                raise FileExistsError(errno.EEXIST, str(error), self.join(path)) from error
+            raise
 
     def put_file(self, path: str, source: Path) -> str:
         """Write a local file's bytes as an object without holding them in memory; give its URL."""
@@ -89,6 +101,11 @@ class Store:
     def get(self, path: str) -> bytes:
         """Read a whole object."""
         return self._call("read", path, self._fs.cat_file)
+
+    def get_all(self, paths: Sequence[str]) -> Blobs:
+        """Read many small objects at once, in the order of ``paths``."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.get, paths))
 
     def get_file(self, path: str, target: Path) -> None:
         """Read an object into a local file, whose folder is made."""
@@ -245,8 +262,18 @@ def _write_local(
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Publish without replacing: a hard link fails where the name exists already."""
-    path.hardlink_to(temporary)
+    """Publish without replacing: a hard link fails where the name exists already.
+
+    On file systems without hard links a name is only refused when it is already visible.
+    """
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "object exists already", str(path)) from error
+        temporary.replace(path)
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""Which rows of a dataset a step takes: epochs laid end to end, each a permutation."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+def draw_positions(rows: int, step: int, n: int, *, seed: int, shuffle: bool) -> list[int]:
+    """Give the row numbers of a step's ``n`` draws: a pure function of its arguments.
+
+    Every epoch holds each row once. Where a batch spans two epochs, rows of its first part are
+    put off within the second, so that no batch of ``n <= rows`` holds a row twice.
+    """
+    if rows < 1 or n < 1 or step < 0:
+        raise ValueError(f"draw of n = {n} from {rows} rows at step {step}; give positive numbers")
+    positions = range(step * n, step * n + n)
+    orders = {e: _order(rows, n, seed, shuffle, e) for e in {p // rows for p in positions}}
+    return [int(orders[p // rows][p % rows]) for p in positions]
+
+
+def group_ids(step: int, prompt_ids: Sequence[str]) -> list[str]:
+    """Name the groups of a step: ``{step:06d}/{prompt_id}``.
+
+    A prompt that a batch larger than its dataset holds again gets ``~1``, ``~2`` and so on.
+    """
+    seen: dict[str, int] = {}
+    names: list[str] = []
+    for prompt_id in prompt_ids:
+        count = seen.get(prompt_id, 0)
+        seen[prompt_id] = count + 1
+        names.append(f"{step:06d}/{prompt_id}" + (f"~{count}" if count else ""))
+    return names
+
+
+@lru_cache(maxsize=16)
+def _order(rows: int, n: int, seed: int, shuffle: bool, epoch: int) -> Rows:
+    # Putting off moves only the first n rows of an epoch, so an epoch of 2n or more ends as it was
+    # shuffled; the ends of shorter ones depend on all epochs before.
+    first = max(epoch - 1, 0) if rows >= 2 * n else 0
+    order = _shuffled(rows, seed, shuffle, first)
+    for e in range(first + 1, epoch + 1):
+        before = order[rows - (e * rows) % n :] if n <= rows and (e * rows) % n else order[:0]
+        order = _put_off(_shuffled(rows, seed, shuffle, e), before, n)
+    return order
+
+
+def _put_off(order: Rows, before: Rows, n: int) -> Rows:
+    """Let ``order`` begin with ``n - len(before)`` rows that are not in ``before``."""
+    if len(before) == 0:
+        return order
+    head, rest = order[:n], order[n:]
+    fresh = np.flatnonzero(~np.isin(head, before))[: n - len(before)]
+    return np.concatenate([head[fresh], np.delete(head, fresh), rest])
+
+
+def _shuffled(rows: int, seed: int, shuffle: bool, epoch: int) -> Rows:
+    if not shuffle:
+        return np.arange(rows)
+    # The raw stream of a bit generator is the same in every version of NumPy.
+    keys = np.random.Philox(key=(seed + epoch) % 2**64).random_raw(rows)
+    return np.argsort(keys, kind="stable")

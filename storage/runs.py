@@ -1,0 +1,149 @@
+"""Runs: what was asked for, by which versions, under a name that is used once."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from .integrity import Record, exact_json, json_digest, seal, unseal
+from .objects import Store
+from .refs import RunRef
+
+FORMAT = "rollflow.run/1"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What ``run.json`` holds."""
+
+    ref: RunRef
+    config: dict[str, Any]
+    """The resolved config, as JSON."""
+    config_digest: str
+    versions: dict[str, str]
+    """Version by package."""
+    code_revision: str
+    created_at: str
+    """UTC, ISO 8601."""
+
+
+class RunNotFound(ValueError):
+    """There is no run of that name in the store."""
+
+
+class ConfigMismatch(ValueError):
+    """A run was opened with another config than it was created with; ``keys`` are dotted."""
+
+    def __init__(self, name: str, differences: Mapping[str, str]) -> None:
+        super().__init__(name, differences)
+        self.keys = list(differences)
+        self._text = "; ".join(f"{key}: {change}" for key, change in differences.items())
+        self._name = name
+
+    def __str__(self) -> str:
+        return (
+            f"run {self._name!r} was created with other settings ({self._text}); "
+            "use those, or give the run another name"
+        )
+
+
+def create_run(
+    store: Store,
+    name: str,
+    config: Mapping[str, Any],
+    versions: Mapping[str, str],
+    code_revision: str,
+) -> RunRef:
+    """Create the run, or open it where one of that name and config exists already.
+
+    ``config`` is the resolved config as JSON. ValueError for a bad name, ``ConfigMismatch`` (with
+    the keys that differ) where the run exists with another config.
+    """
+    ref = run_ref(store, name)
+    record: Record = {
+        "format": FORMAT,
+        "name": name,
+        "config": dict(config),
+        "config_digest": json_digest(exact_json(dict(config), "config")),
+        "versions": dict(versions),
+        "code_revision": code_revision,
+        "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    try:
+        store.put_new(_url(ref), seal(record))
+    except FileExistsError:
+        return open_run(store, name, config)
+    return ref
+
+
+def open_run(store: Store, name: str, config: Mapping[str, Any] | None = None) -> RunRef:
+    """Open a run; given a config, refuse another than it was created with.
+
+    ``RunNotFound`` names the runs there are; ``ConfigMismatch`` names the keys that differ.
+    """
+    record = read_run(store, name)
+    if config is not None and json_digest(dict(config)) != record.config_digest:
+        raise ConfigMismatch(name, config_differences(record.config, config))
+    return record.ref
+
+
+def read_run(store: Store, name: str) -> RunRecord:
+    """Read a run's record, verified; ``RunNotFound`` where there is none."""
+    ref = run_ref(store, name)
+    try:
+        record = unseal(store.get(_url(ref)), _url(ref), FORMAT)
+    except FileNotFoundError:
+        known = ", ".join(run_names(store)) or "none"
+        raise RunNotFound(f"run {name!r} is not in {store.root} (there: {known})") from None
+    return RunRecord(
+        ref=ref,
+        config=record["config"],
+        config_digest=record["config_digest"],
+        versions=record["versions"],
+        code_revision=record["code_revision"],
+        created_at=record["created_at"],
+    )
+
+
+def list_runs(store: Store) -> list[RunRecord]:
+    """Read the records of all runs, oldest first."""
+    return sorted((read_run(store, n) for n in run_names(store)), key=lambda r: r.created_at)
+
+
+def run_names(store: Store) -> list[str]:
+    """Give the names of all runs in alphabetical order."""
+    names = store.children("runs")
+    return [n for n in names if store.exists(store.join("runs", n, "run.json"))]
+
+
+def run_ref(store: Store, name: str) -> RunRef:
+    """Name a run without looking whether it exists; ValueError where the name cannot be a folder."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"run name is {name!r}; use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return RunRef(name, store.run_url(name))
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """Give ``old -> new`` by dotted key for everything that differs between two configs."""
+    before, after = _flat(old), _flat(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    shown = {key: (before.get(key, "unset"), after.get(key, "unset")) for key in keys}
+    return {key: f"{a} -> {b}" for key, (a, b) in shown.items() if a != b}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = repr(value)
+    return flat
+
+
+def _url(ref: RunRef) -> str:
+    return f"{ref.url}/run.json"
