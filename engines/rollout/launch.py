@@ -58,6 +58,10 @@ def run_server(arguments: dict[str, Any]) -> None:
 
         cpu_support.install()
         cpu_support.fork_subprocesses()
+    if not arguments.get("dist_init_addr"):
+        # A rendezvous over TCP would listen on every interface; a file does not.
+        rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
+        os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", rendezvous)
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 

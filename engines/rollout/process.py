@@ -72,5 +72,6 @@ def _cpu_env() -> dict[str, str]:
     return {
         **one_thread_env(),
         "SGLANG_USE_CPU_ENGINE": "1",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "TORCHDYNAMO_DISABLE": "1",  # what SGLang compiles takes longer to compile than to run here
     }

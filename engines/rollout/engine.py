@@ -1,0 +1,64 @@
+"""What a generate hook works with: the tokenizer, the prompt's tokens, and the servers."""
+
+import hashlib
+from typing import Any
+
+from rollflow.engines.hooks import Completion
+from rollflow.storage.config import DataConfig
+from rollflow.storage.samples import Message, Prompt
+
+from .client import GenerateClient
+
+
+class RolloutEngine:
+    """A :class:`~rollflow.engines.hooks.GenerateEngine` for the prompts of one dataset."""
+
+    def __init__(self, tokenizer: Any, data: DataConfig, client: GenerateClient | None) -> None:
+        self.tokenizer = tokenizer
+        self._data = data
+        self._client = client
+
+    @property
+    def template(self) -> str:
+        """Digest of the chat template that renders the prompts; empty for plain text."""
+        if not self._data.apply_chat_template:
+            return ""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:12]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. ValueError for messages without a chat template."""
+        if self._data.apply_chat_template:
+            text = self.tokenizer.apply_chat_template(
+                _messages(prompt),
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._data.chat_template_kwargs,
+            )
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        if isinstance(prompt.prompt, str):
+            return self.tokenizer.encode(prompt.prompt)
+        raise ValueError(
+            f"prompt {prompt.prompt_id} is a list of messages; "
+            "set data.apply_chat_template = true to render it"
+        )
+
+    def reject(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be used, or None: it is longer than ``max_prompt_tokens``."""
+        limit = self._data.max_prompt_tokens
+        if limit is None or (tokens := len(self.encode(prompt))) <= limit:
+            return None
+        return f"prompt has {tokens} tokens, more than max_prompt_tokens = {limit}"
+
+    async def generate(
+        self, input_ids: list[int], sampling: dict[str, Any], seed: int
+    ) -> Completion:
+        """Continue ``input_ids``; RuntimeError where the run has no servers."""
+        if self._client is None:
+            raise RuntimeError("rollout.servers = 0: there is no engine to generate with")
+        return await self._client.generate(input_ids, sampling, seed)
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    if isinstance(prompt.prompt, str):
+        return [{"role": "user", "content": prompt.prompt}]
+    return prompt.prompt

@@ -1,0 +1,247 @@
+"""The servers behind the router: started together, watched, and replaced when they die.
+
+A server receives requests only while it is known to hold the weights of the step: it is *admitted*
+after its version was read back, and a server that was started again is given the weights first.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+from ray.exceptions import RayActorError
+
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.platform import Device
+
+from .config import RolloutConfig
+from .router import Router
+from .server import POLL_S, ServerActor, ServerError, ServerInfo
+from .server_args import gpus_per_server
+
+LoadWeights = Callable[[str, int], Awaitable[object]]
+"""Brings the weights of a version to the server at a URL."""
+
+START_TIMEOUT_S = 600.0
+MAX_RESTARTS = 3
+"""Times that one server is started again within one step."""
+HEALTH_EVERY_S = 20.0
+SILENT_AFTER = 3
+"""Health checks in a row that a server may leave unanswered."""
+FROM_DISK = "default"
+"""What SGLang calls the version of weights that it loaded itself."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    actor: Any = None
+    """Ray handle of the ServerActor."""
+    info: ServerInfo | None = None
+    """None while the server is down."""
+    admitted: bool = False
+    registered: bool = False
+    restarts: int = 0
+    error: BaseException | None = None
+    """Set when the server is given up."""
+    watcher: asyncio.Task[None] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        return f"server-{self.index}"
+
+
+class Fleet:
+    """``rollout.servers`` SGLang servers and their router."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        sglang: Mapping[str, Any],
+        router: Mapping[str, Any],
+        device: Device,
+        log_dir: Path,
+    ) -> None:
+        self._model = model
+        self._sglang = dict(sglang)
+        self._device: Device = device
+        self._log_dir = log_dir
+        self._seed = rollout.seed
+        self._slots = [_Slot(i) for i in range(rollout.servers)]
+        self._version: int | None = None
+        self._users = 0
+        self.router = Router(router, log_dir, device, rollout.request_timeout_s)
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
+        self.load_weights: LoadWeights | None = None
+
+    async def start(self) -> None:
+        """Start router and servers at once; ServerError names the one that does not come up."""
+        await asyncio.gather(
+            self.router.wait_until_up(START_TIMEOUT_S),
+            *(self._bring_up(slot) for slot in self._slots),
+        )
+        for slot in self._slots:
+            slot.watcher = asyncio.create_task(self._keep(slot))
+
+    async def servers(self) -> list[ServerInfo]:
+        """All servers; waits for one that is being started again. ServerError for one given up."""
+        return [await self._when_up(slot) for slot in self._slots]
+
+    @asynccontextmanager
+    async def serving(self, version: int) -> AsyncIterator[None]:
+        """Within the context every server holds the weights of ``version``, replaced ones too."""
+        if self._version not in (None, version):
+            raise ValueError(f"version {version} was asked for while {self._version} is served")
+        self._version = version
+        self._users += 1
+        try:
+            await asyncio.gather(*(self._admit_when_up(slot) for slot in self._slots))
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._version = None
+                for slot in self._slots:
+                    slot.admitted, slot.restarts = False, 0
+
+    async def wait_ready(self) -> None:
+        """Wait until a server can answer; ServerError when none ever will."""
+        while not any(slot.admitted for slot in self._slots):
+            errors = [slot.error for slot in self._slots if slot.error]
+            if len(errors) == len(self._slots):
+                raise errors[0]
+            await asyncio.sleep(POLL_S)
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send one control request to every server itself: the router does not pass these on."""
+        for server in await self.servers():
+            await self._request("POST", server.url + path, dict(body))
+
+    async def stop(self) -> None:
+        """End everything that was started."""
+        watchers = [slot.watcher for slot in self._slots if slot.watcher]
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+        actors = [slot.actor for slot in self._slots if slot.actor]
+        await asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
+        for actor in actors:
+            ray.kill(actor)
+        await self.router.stop()
+        await self._session.close()
+
+    async def _bring_up(self, slot: _Slot) -> None:
+        if slot.actor is None:
+            slot.actor = self._new_actor(slot.name)
+        seed = self._seed * len(self._slots) + slot.index + 1
+        slot.info = await slot.actor.start.remote(self._model, self._sglang, seed, START_TIMEOUT_S)
+
+    def _new_actor(self, name: str) -> Any:
+        gpus = gpus_per_server(self._sglang, self._device)
+        actor = ray.remote(ServerActor).options(num_cpus=0, num_gpus=gpus, max_concurrency=8)
+        return actor.remote(name, str(self._log_dir), self._device)
+
+    async def _keep(self, slot: _Slot) -> None:
+        """Start the server again each time it ends, until it has done so too often."""
+        while True:
+            reason = await self._end_of(slot)
+            url = slot.info.url if slot.info else ""
+            slot.info, slot.admitted, slot.registered = None, False, False
+            try:
+                await self.router.unregister(url)
+                slot.restarts += 1
+                if slot.restarts > MAX_RESTARTS:
+                    raise ServerError(f"given up after {MAX_RESTARTS} restarts: {reason}")
+                await self._bring_up(slot)
+                if self._version is not None:
+                    await self._admit_when_up(slot)
+            except RayActorError:
+                slot.actor = None
+            except (ServerError, aiohttp.ClientError, TimeoutError) as error:
+                slot.error = error
+                return
+
+    async def _end_of(self, slot: _Slot) -> str:
+        """Return why the server is over: it ended, its actor did, or it fell silent."""
+        if slot.actor is None or slot.info is None:
+            return f"{slot.name}'s actor ended"
+        end = asyncio.ensure_future(_result(slot.actor.wait_for_end.remote()))
+        unanswered = 0
+        try:
+            while unanswered < SILENT_AFTER:
+                done, _ = await asyncio.wait({end}, timeout=HEALTH_EVERY_S)
+                if done:
+                    return end.result()
+                healthy = self._version is None or await self._is_healthy(slot.info.url)
+                unanswered = 0 if healthy else unanswered + 1
+        except RayActorError as error:
+            slot.actor = None
+            return f"{slot.name}'s actor ended: {error}"
+        finally:
+            end.cancel()
+        return f"{slot.name} left {SILENT_AFTER} health checks unanswered"
+
+    async def _is_healthy(self, url: str) -> bool:
+        try:
+            await self._request("GET", f"{url}/health_generate")
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+        return True
+
+    async def _when_up(self, slot: _Slot) -> ServerInfo:
+        while slot.info is None:
+            if slot.error:
+                raise slot.error
+            await asyncio.sleep(POLL_S)
+        return slot.info
+
+    async def _admit_when_up(self, slot: _Slot) -> None:
+        while not slot.admitted:
+            info = await self._when_up(slot)
+            try:
+                await self._admit(slot, info)
+            except aiohttp.ClientError:
+                await asyncio.sleep(POLL_S)  # it has just died: the watcher starts it again
+
+    async def _admit(self, slot: _Slot, info: ServerInfo) -> None:
+        """Make sure of the weights, then let the router send requests."""
+        async with slot.lock:
+            version = self._version
+            if version is None or slot.admitted:
+                return
+            if await self._held_version(info) != str(version):
+                await self._load(info, version)
+            if not slot.registered:
+                await self.router.register(info.url, START_TIMEOUT_S)
+                slot.registered = True
+            slot.admitted = slot.info is info
+
+    async def _load(self, info: ServerInfo, version: int) -> None:
+        held = await self._held_version(info)
+        if self.load_weights is not None:
+            await self.load_weights(info.url, version)
+        elif held == FROM_DISK:  # nothing is trained: what was loaded is what is asked for
+            await self._request(
+                "POST", f"{info.url}/update_weight_version", {"new_version": str(version)}
+            )
+        held = await self._held_version(info)
+        if held != str(version):
+            raise ServerError(f"{info.url} holds weights {held}, version {version} is needed")
+
+    async def _held_version(self, info: ServerInfo) -> str:
+        return (await self._request("GET", f"{info.url}/model_info"))["weight_version"]
+
+    async def _request(self, method: str, url: str, body: object = None) -> Any:
+        async with self._session.request(method, url, json=body) as response:
+            response.raise_for_status()
+            return await response.json() if response.content_type == "application/json" else None
+
+
+async def _result(reference: Any) -> Any:
+    return await reference

@@ -1,0 +1,360 @@
+"""The rollout engine as one Ray actor: a step's batch from prompts to a committed manifest."""
+
+import asyncio
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.hooks import GenerateContext, load_hook
+from rollflow.engines.platform import Device
+from rollflow.storage.config import DataConfig, StoreConfig
+from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
+from rollflow.storage.objects import Store
+from rollflow.storage.order import group_ids
+from rollflow.storage.prompts import PromptSet, load_prompts
+from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
+from rollflow.storage.samples import Prompt
+from rollflow.storage.shards import ShardWriter
+
+from .client import GenerateClient, sampling_params
+from .collector import Collector, Episode
+from .config import EvalConfig, RolloutConfig, SamplingConfig
+from .engine import RolloutEngine
+from .fleet import Fleet
+from .grader import Grader
+from .seeds import sample_seed
+
+SINGLE_TURN = "rollflow.engines.rollout.single_turn:generate"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutInfo:
+    """What runs, e.g. for a log line; empty lists where the run has no servers."""
+
+    router_url: str
+    server_urls: list[str]
+    pids: list[int]
+    """Session leaders of the servers, then of the router."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dataset:
+    """Prompts and how they are answered."""
+
+    prompts: PromptSet
+    engine: RolloutEngine
+    generate: str
+    grader: Grader
+    sampling: SamplingConfig
+    samples: int
+    """Episodes per prompt."""
+
+
+class RolloutManager:
+    """Owns router, servers, client, hooks and shard writer of one run.
+
+    ``sglang`` and ``router`` are the user's tables. Logs of servers and router go to ``log_dir``.
+    """
+
+    def __init__(
+        self,
+        run: RunRef,
+        store: StoreConfig,
+        model: ModelConfig,
+        data: DataConfig,
+        rollout: RolloutConfig,
+        evals: Sequence[EvalConfig],
+        sglang: Mapping[str, Any],
+        router: Mapping[str, Any],
+        device: Device,
+        log_dir: str,
+    ) -> None:
+        self._run = run
+        self._store = Store(store)
+        self._model = model
+        self._data = data
+        self._rollout = rollout
+        self._evals = list(evals)
+        self._sglang = sglang
+        self._router = router
+        self._device: Device = device
+        self._log_dir = Path(log_dir)
+        self._fleet: Fleet | None = None
+        self._client: GenerateClient | None = None
+        self._datasets: dict[str, _Dataset] = {}
+        self._collectors: dict[int, Collector] = {}
+
+    async def start(self) -> RolloutInfo:
+        """Start servers and router and load prompts; ServerError or ValueError when that fails."""
+        servers = asyncio.create_task(self._start_servers())
+        tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        await servers
+        await asyncio.to_thread(self._load_datasets, tokenizer)
+        return await self.info()
+
+    async def info(self) -> RolloutInfo:
+        """What runs now; waits for a server that is being started again."""
+        if self._fleet is None:
+            return RolloutInfo("", [], [])
+        servers = await self._fleet.servers()
+        return RolloutInfo(
+            router_url=self._fleet.router.url,
+            server_urls=[s.url for s in servers],
+            pids=[*(s.pid for s in servers), self._fleet.router.pid],
+        )
+
+    async def server_urls(self) -> list[str]:
+        """The servers to push weights to; one that died is there again, with its first weights."""
+        return (await self.info()).server_urls
+
+    async def attach_trainer(self, names: Sequence[str], namespace: str) -> None:
+        """Let a server that was started again get its weights from these trainer actors."""
+        if self._fleet is None:
+            return
+        ranks = [ray.get_actor(name, namespace=namespace) for name in names]
+
+        async def load(url: str, version: int) -> object:
+            return await asyncio.gather(*(r.push_weights.remote([url], version) for r in ranks))
+
+        self._fleet.load_weights = load
+
+    async def generate(self, step: int, policy_version: int) -> GroupsRef:
+        """Generate a step's groups with the weights of ``policy_version``.
+
+        Scoring goes on, and parts are written, while others still generate. Called again for a
+        step that is not written yet, it starts the step anew.
+        """
+        dataset = self._datasets[""]
+        n, data = self._rollout.batch_size, self._data
+        prompts = dataset.prompts.draw(step, n, data.seed, data.shuffle)
+        if step in self._collectors:
+            await self._collectors.pop(step).cancel()
+        collector = await self._collect(dataset, prompts, step, policy_version, None)
+        self._collectors[step] = collector
+        return GroupsRef(
+            run=self._run,
+            step=step,
+            groups=len(prompts),
+            samples=collector.generated,
+            policy_version=policy_version,
+            timings=dict(collector.seconds),
+        )
+
+    async def score(self, groups: GroupsRef) -> GroupsRef:
+        """Wait for the graders that still run; the ref has the batch's rollout metrics."""
+        collector = self._collector(groups.step)
+        await collector.score()
+        metrics = {**collector.tally.metrics("rollout"), **_timings(collector)}
+        return replace(groups, timings=dict(collector.seconds), metrics=metrics)
+
+    async def write(self, groups: GroupsRef) -> BatchRef:
+        """Write the last part and the manifest: commit point A."""
+        if groups.step not in self._collectors:
+            written = await asyncio.to_thread(find_batch, self._store, self._run, groups.step)
+            if written is not None:
+                return written
+        ref = await self._commit(self._collector(groups.step), groups.step, None)
+        del self._collectors[groups.step]
+        return ref
+
+    async def evaluate(self, name: str, step: int, policy_version: int) -> BatchRef:
+        """Answer and score every prompt of an evaluation dataset; kept under ``evals/{name}``.
+
+        An evaluation that is committed already is not done again.
+        """
+        if name not in self._datasets or not name:
+            known = ", ".join(e.name for e in self._evals) or "none"
+            raise ValueError(f"evaluation dataset {name!r} is not in evals (known: {known})")
+        done = await asyncio.to_thread(find_batch, self._store, self._run, step, name)
+        if done is not None:
+            return done
+        dataset = self._datasets[name]
+        prompts = dataset.prompts.prompts
+        collector = await self._collect(dataset, prompts, step, policy_version, name)
+        await collector.score()
+        return await self._commit(collector, step, name)
+
+    async def pause(self) -> None:
+        """Hold every server between two tokens, e.g. while weights change under long requests."""
+        await self._post("/pause_generation", {"mode": "retract"})
+
+    async def resume(self) -> None:
+        """Let paused servers go on."""
+        await self._post("/continue_generation", {})
+
+    async def flush(self) -> None:
+        """Empty every server's prefix cache: it holds keys and values of other weights."""
+        await self._post("/flush_cache", {})
+
+    async def stop(self) -> None:
+        """End servers and router."""
+        for collector in self._collectors.values():
+            await collector.cancel()
+        for dataset in self._datasets.values():
+            dataset.grader.close()
+        if self._client is not None:
+            await self._client.close()
+        if self._fleet is not None:
+            await self._fleet.stop()
+        self._fleet = self._client = None
+
+    async def _start_servers(self) -> None:
+        rollout = self._rollout
+        if not rollout.servers:
+            return
+        self._fleet = Fleet(
+            self._model, rollout, self._sglang, self._router, self._device, self._log_dir
+        )
+        await self._fleet.start()
+        self._client = GenerateClient(
+            self._fleet.router.url,
+            timeout_s=rollout.request_timeout_s,
+            max_retries=rollout.max_retries,
+            wait_ready=self._fleet.wait_ready,
+        )
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self._model.path, trust_remote_code=self._model.trust_remote_code
+        )
+
+    def _load_datasets(self, tokenizer: Any) -> None:
+        rollout = self._rollout
+        self._datasets[""] = self._dataset(
+            tokenizer,
+            self._data,
+            rollout.generate,
+            rollout.reward,
+            rollout.sampling,
+            rollout.n_samples_per_prompt,
+        )
+        for config in self._evals:
+            self._datasets[config.name] = self._dataset(
+                tokenizer,
+                config.data,
+                config.generate,
+                config.reward or rollout.reward,
+                config.sampling,
+                config.n_samples_per_prompt,
+            )
+
+    def _dataset(
+        self,
+        tokenizer: Any,
+        data: DataConfig,
+        generate: str,
+        reward: str,
+        sampling: SamplingConfig,
+        samples: int,
+    ) -> _Dataset:
+        engine = RolloutEngine(tokenizer, data, self._client)
+        return _Dataset(
+            prompts=load_prompts(self._store, data, engine.reject),
+            engine=engine,
+            generate=generate or SINGLE_TURN,
+            grader=Grader(reward, self._rollout.reward_timeout_s),
+            sampling=sampling,
+            samples=samples,
+        )
+
+    async def _collect(
+        self,
+        dataset: _Dataset,
+        prompts: Sequence[Prompt],
+        step: int,
+        policy_version: int,
+        name: str | None,
+    ) -> Collector:
+        folder = batch_folder(self._run, step, name)
+        collector = Collector(
+            dataset.engine,
+            load_hook(dataset.generate, "generate"),
+            dataset.grader,
+            await asyncio.to_thread(ShardWriter, self._store, folder),
+            self._rollout.concurrency,
+            self._rollout.shard_groups,
+        )
+        groups = self._episodes(dataset, prompts, step, policy_version)
+        if self._fleet is None:
+            await collector.generate(groups)
+        else:
+            async with self._fleet.serving(policy_version):
+                await collector.generate(groups)
+        return collector
+
+    def _episodes(
+        self, dataset: _Dataset, prompts: Sequence[Prompt], step: int, policy_version: int
+    ) -> list[list[Episode]]:
+        sampling = sampling_params(dataset.sampling)
+        engine = f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
+        return [
+            [
+                Episode(
+                    prompt,
+                    GenerateContext(
+                        run=self._run.name,
+                        step=step,
+                        group_id=group_id,
+                        index=index,
+                        seed=sample_seed(self._rollout.seed, step, group_id, index),
+                        sampling=sampling,
+                        policy_version=policy_version,
+                        engine=engine,
+                        template=dataset.engine.template,
+                    ),
+                )
+                for index in range(dataset.samples)
+            ]
+            for prompt, group_id in zip(
+                prompts, group_ids(step, [p.prompt_id for p in prompts]), strict=True
+            )
+        ]
+
+    async def _commit(self, collector: Collector, step: int, name: str | None) -> BatchRef:
+        parts = await collector.write()
+        tally = collector.tally
+        prefix = "rollout" if name is None else f"eval/{name}"
+        return await asyncio.to_thread(
+            commit_batch,
+            self._store,
+            self._run,
+            batch_folder(self._run, step, name),
+            step,
+            parts,
+            groups=tally.groups,
+            policy_versions=sorted(tally.versions),
+            metrics={**tally.metrics(prefix), **(_timings(collector) if name is None else {})},
+            ledger={"prompt_epoch": self._epoch(step)} if name is None else {},
+            dataset=name,
+        )
+
+    def _epoch(self, step: int) -> int:
+        return self._datasets[""].prompts.epoch_of(step, self._rollout.batch_size)
+
+    def _collector(self, step: int) -> Collector:
+        if step not in self._collectors:
+            raise ValueError(
+                f"step {step} has no groups here (generated: {sorted(self._collectors)}); "
+                "generate it first"
+            )
+        return self._collectors[step]
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
+        if self._fleet is not None:
+            await self._fleet.post(path, body)
+
+
+def _timings(collector: Collector) -> dict[str, float]:
+    tokens = collector.tally.tokens
+    return {
+        **{f"perf/{name}": seconds for name, seconds in collector.seconds.items()},
+        "perf/tokens": float(tokens),
+        "perf/tokens_per_s": tokens / max(collector.seconds["generate_s"], 1e-9),
+    }
