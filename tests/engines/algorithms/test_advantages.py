@@ -49,7 +49,7 @@ def test_the_order_of_the_samples_does_not_matter(rows, seed):
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 3, 7])
 def test_a_group_of_equal_rewards_has_exactly_zero_advantage(n, std):
-    got = group_advantages(torch.full((n,), 0.1), ["g"] * n, normalize_std=std)
+    got = group_advantages(torch.full((n,), 0.1, dtype=torch.float64), ["g"] * n, normalize_std=std)
     assert got.tolist() == [0.0] * n
 
 

@@ -87,8 +87,8 @@ def test_the_logits_are_left_as_they_were():
 def test_bfloat16_logits_are_reckoned_in_float32():
     logits, targets, weights = random_case(5, 6, 300)
     half = logits.bfloat16()
-    got, entropy = target_logprobs(half, targets)
-    expected, expected_entropy = by_log_softmax(half, targets, 1.0)
+    got, entropy = target_logprobs(half, targets, temperature=0.7)
+    expected, expected_entropy = by_log_softmax(half, targets, 0.7)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
     assert gradient(half, weights, lambda x: target_logprobs(x, targets)).dtype == torch.bfloat16
