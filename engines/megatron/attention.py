@@ -162,6 +162,6 @@ def _attend_on_gpu(
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    return varlen_attn(
-        q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale
-    )
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -5,6 +5,7 @@ another what it holds. Rows are spread by length over the data parallel ranks, t
 micro-batches within the token budget; every rank gets the same number of micro-batches.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,7 @@ def cut_mini_batches(rows: Sequence[Row], updates: int) -> list[list[Row]]:
         )
     borders = [round(i * len(names) / updates) for i in range(updates + 1)]
     return [
-        [row for name in names[a:b] for row in groups[name]]
-        for a, b in zip(borders, borders[1:], strict=False)
+        [row for name in names[a:b] for row in groups[name]] for a, b in itertools.pairwise(borders)
     ]
 
 

@@ -26,6 +26,8 @@ class TrainerConfig(Config):
     seed: int = 1234
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Deadline of one train step, checkpoint or weight push."""
+    push_timeout_s: float = Field(default=120.0, gt=0)
+    """Deadline of one rollout server to take and confirm a bucket of weights."""
 
 
 class CheckpointConfig(Config):

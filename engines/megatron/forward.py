@@ -58,10 +58,11 @@ def reduce_over_ranks(metrics: Metrics) -> dict[str, float]:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     values = [metrics.reduce(_all_reduce_data).values() if last else {}]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast_object_list(
             values,
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
+            group=pipeline,
         )
     return values[0]
 

@@ -7,7 +7,6 @@ and rotary positions are ours (packed sequences, see :mod:`.attention`).
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,8 @@ def build_model(config: ModelConfig, settings: Settings, device: str) -> Model:
     dtype = getattr(torch, config.dtype)
     ddp = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": False, **settings.ddp}
     with cuda_means_cpu(), contextlib.redirect_stdout(sys.stderr):
-        bridge = bridge_class(hf_config.model_type)(hf_config, dtype=dtype)
+        make: Any = bridge_class(hf_config.model_type)
+        bridge = make(hf_config, dtype=dtype)
         bridge.set_extra_args(**_model_overrides(hf_config, settings, device))
         chunks = bridge.get_model(
             bf16=dtype is torch.bfloat16,
@@ -148,16 +148,17 @@ class _Packed(LLMBridge):
         super()._adjust_mapping_for_shared_weights()
 
     def _get_gptmodel_args(self) -> dict[str, Any]:
+        hf_config: Any = self.hf_config
         return {
-            "vocab_size": self.hf_config.vocab_size,
-            "max_sequence_length": self.hf_config.max_position_embeddings,
+            "vocab_size": hf_config.vocab_size,
+            "max_sequence_length": hf_config.max_position_embeddings,
             "position_embedding_type": "rope",
-            **_rotary_args(self.hf_config),
+            **_rotary_args(hf_config),
         }
 
     def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:
         self.has_vp_stage = True
-        spec = get_gpt_decoder_block_spec(
+        spec: Any = get_gpt_decoder_block_spec(
             self.config,
             use_transformer_engine=HAS_TE,
             normalization=self.config.normalization,

@@ -14,29 +14,29 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .settings import Settings
 
-MODEL_PARALLEL_SEED_OFFSET = 2718
+TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
-def open_store(host: str) -> dist.TCPStore:
+def open_store(host: str) -> TCPStore:
     """Rank 0's meeting point, on a free port of ``host`` that stays taken from here on."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
-def join(
-    store: dist.TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float
-) -> None:
+def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:
     """Make the default process group. Every rank must call it within ``timeout_s`` seconds."""
     if store.host.startswith("127.") and backend == "gloo":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def connect_store(master: str, timeout_s: float) -> dist.TCPStore:
+def connect_store(master: str, timeout_s: float) -> TCPStore:
     """A client of rank 0's meeting point ``host:port``."""
     host, _, port = master.rpartition(":")
     timeout = datetime.timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    return TCPStore(host, int(port), is_master=False, timeout=timeout)
 
 
 def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:

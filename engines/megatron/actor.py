@@ -1,0 +1,161 @@
+"""One trainer rank: the class behind a Ray actor. Importing it loads neither torch nor megatron.
+
+A rank is a plain object, so it runs as well in a test's process. Ranks are called all together,
+each call by its verb on every rank; what a call gives is the same on all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.weights import PushResult
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.manifests import read_batch
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
+
+from .config import GatesConfig, TrainerConfig
+
+if TYPE_CHECKING:
+    from .rank import Rank
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What training on a batch gave, e.g. ``TrainResult({"train/loss": 0.1}, "ab12...", 8)``."""
+
+    metrics: dict[str, float]
+    """Scalars by slash name, over all ranks."""
+    weights_digest: str
+    version: int
+    """Of the weights that came out: the batch's step + 1."""
+
+
+class TrainerRank:
+    """A Megatron rank: it trains on committed batches, saves, restores and pushes its weights."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        run: RunRef,
+        store: StoreConfig,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        megatron: dict[str, Any],
+        algorithm: AlgorithmConfig,
+        gates: GatesConfig,
+        temperature: float,
+        total_steps: int,
+        device: str,
+    ) -> None:
+        self._rank, self._world_size, self._run = rank, world_size, run
+        self._store = Store(store)
+        self._settings = (model, trainer, megatron, algorithm, gates, temperature, total_steps)
+        self._trainer, self._device = trainer, device
+        self._master: Any = None
+        self._live: Rank | None = None
+        self._trained: tuple[tuple[int, str], TrainResult] | None = None
+        self._version = 0
+
+    def address(self, host: str = "127.0.0.1") -> str:
+        """Where the ranks meet, ``host:port``; called on rank 0, before :meth:`setup` of all."""
+        from . import parallel
+
+        self._master = parallel.open_store(host)
+        return f"{host}:{self._master.port}"
+
+    def setup(self, master: str) -> dict[str, Any]:
+        """Join the other ranks at ``master``, build the model and load its first weights.
+
+        Gives what there is to know about the rank, for reports.
+        """
+        from .rank import Rank
+
+        model, trainer, megatron, algorithm, gates, temperature, total_steps = self._settings
+        self._live = Rank.join(
+            self._rank,
+            self._world_size,
+            self._master if self._rank == 0 else master,
+            model=model,
+            trainer=trainer,
+            megatron=megatron,
+            algorithm=algorithm,
+            gates=gates,
+            temperature=temperature,
+            total_steps=total_steps,
+            device=self._device,
+        )
+        return self._live.describe()
+
+    def restore(self, checkpoint: CheckpointRef | None) -> int:
+        """Go back to a checkpoint, or stay at the first weights; gives the next step."""
+        self._trained = None
+        if checkpoint is None:
+            self._version = 0
+        else:
+            self._rank_live.load(self._store, checkpoint)
+            self._version = checkpoint.step + 1
+        return self._version
+
+    def train(self, batch: BatchRef) -> TrainResult:
+        """Train on a committed batch, read back from the store.
+
+        The batch trained on last is answered from memory: it is never trained on twice.
+
+        Raises:
+            ValueError: the batch is not of the step that comes next.
+            GateError: a number that must hold does not.
+            ManifestError: the store does not hold what was committed.
+        """
+        name = (batch.step, batch.digest)
+        if self._trained is not None and self._trained[0] == name:
+            return self._trained[1]
+        if batch.step != self._version:
+            raise ValueError(
+                f"batch of step {batch.step} for weights of version {self._version}; "
+                "train on the batches of a run in their order"
+            )
+        samples = read_batch(self._store, batch)
+        metrics = self._rank_live.train(samples, batch.step)
+        self._version = batch.step + 1
+        result = TrainResult(metrics, self._rank_live.digest(), self._version)
+        self._trained = (name, result)
+        return result
+
+    def save(self, step: int, hf: bool = True) -> CheckpointRef:
+        """Save the weights as they are after ``step``, and as a Hugging Face folder if ``hf``."""
+        if step + 1 != self._version:
+            raise ValueError(
+                f"checkpoint of step {step} for weights of version {self._version}; "
+                "save a step after it was trained and before the next"
+            )
+        return self._rank_live.save(self._store, self._run, step, hf=hf)
+
+    def push_weights(self, urls: list[str], version: int) -> PushResult:
+        """Bring the weights to rollout servers as ``version`` and verify them there.
+
+        Rank 0 sends. A server that cannot be reached is named in the result.
+
+        Raises:
+            ValueError: ``version`` is not the version of these weights.
+            WeightMismatchError: a server holds something else afterwards.
+        """
+        if version != self._version:
+            raise ValueError(f"push of version {version} from weights of version {self._version}")
+        return self._rank_live.push(urls, version)
+
+    def stop(self) -> None:
+        """Leave the other ranks."""
+        if self._live is not None:
+            self._live.leave()
+            self._live = None
+
+    @property
+    def _rank_live(self) -> Rank:
+        if self._live is None:
+            raise RuntimeError(f"trainer rank {self._rank} is used before setup() or after stop()")
+        return self._live

@@ -1,0 +1,218 @@
+"""Checkpoints: megatron-core's torch_dist format, staged on local disk and kept in the store.
+
+A checkpoint holds weights, optimizer, learning-rate schedule and random states, so that training
+goes on from it bit by bit; beside it, if wanted, the weights as a Hugging Face folder. Its manifest
+is written last.
+"""
+
+import queue
+import random
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from rollflow.engines.cpu.megatron import cuda_means_cpu
+from rollflow.storage.checkpoints import (
+    StoredFile,
+    checkpoint_folder,
+    commit_checkpoint,
+    fetch_checkpoint,
+    prepare_checkpoint,
+    store_files,
+)
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import CheckpointRef, RunRef
+
+from .export import save_hugging_face
+from .model import unwrapped
+from .step import Learner
+
+T = TypeVar("T")
+
+TORCH_DIST = "torch_dist"
+HUGGING_FACE = "hf"
+
+
+def save_checkpoint(
+    learner: Learner,
+    store: Store,
+    run: RunRef,
+    step: int,
+    weights_digest: str,
+    *,
+    hf_source: str | None = None,
+) -> CheckpointRef:
+    """Save what training after ``step`` goes on from. Every rank calls it; all get the same ref.
+
+    ``hf_source`` is the model's own folder; with it, a Hugging Face folder is written too. A
+    checkpoint that is committed already is left as it is.
+    """
+    standing = _from_rank_0(lambda: prepare_checkpoint(store, run, step))
+    if standing is not None:
+        return standing
+    with tempfile.TemporaryDirectory(prefix="rollflow-checkpoint-") as own:
+        # One folder for the ranks of a machine; elsewhere the same path is another folder.
+        staging = Path(_from_rank_0(lambda: own))
+        (staging / TORCH_DIST).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        with cuda_means_cpu():
+            dist_checkpointing.save(
+                _state(learner, is_loading=False),
+                str(staging / TORCH_DIST),
+                sharded_strategy=_SaveHere("torch_dist", 1, thread_count=1),
+            )
+        if hf_source is not None:
+            hf = staging / HUGGING_FACE
+            save_hugging_face(learner.model, hf_source, hf, write=dist.get_rank() == 0)
+        folder = checkpoint_folder(run, step)
+        stored = store_files(store, folder, staging, _own_files(staging))
+        everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, stored)
+    files = [file for files in everyone for file in files]
+    details = {"world_size": dist.get_world_size(), "hf": hf_source is not None}
+    return _from_rank_0(lambda: commit_checkpoint(store, run, step, weights_digest, files, details))
+
+
+def load_checkpoint(learner: Learner, store: Store, ref: CheckpointRef) -> None:
+    """Put weights, optimizer, schedule and random states back as they were saved.
+
+    The number of data parallel ranks may differ from the saver's.
+
+    Raises:
+        ManifestError: a file is not as it was written.
+    """
+    with tempfile.TemporaryDirectory(prefix="rollflow-checkpoint-") as staging:
+        folder = fetch_checkpoint(store, ref, Path(staging))
+        with cuda_means_cpu():
+            state: Any = dist_checkpointing.load(
+                _state(learner, is_loading=True), str(folder / TORCH_DIST)
+            )
+            for key, chunk in _chunks(learner):
+                chunk.load_state_dict(state[key])
+            learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scheduler.load_state_dict(state["scheduler"])
+    _set_random_states(state["random"])
+
+
+def _state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
+    weights = {key: chunk.sharded_state_dict() for key, chunk in _chunks(learner)}
+    optimizer = learner.optimizer.sharded_state_dict(weights, is_loading=is_loading)
+    return {
+        **weights,
+        "optimizer": optimizer,
+        "scheduler": learner.scheduler.state_dict(),
+        "random": _random_states(),
+    }
+
+
+def _chunks(learner: Learner) -> list[tuple[str, Any]]:
+    """megatron-core's names of the pipeline stages: ``model``, or ``model0``, ``model1``..."""
+    chunks = [unwrapped(chunk) for chunk in learner.model.chunks]
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _random_states() -> ShardedObject:
+    """One set of states for each model parallel rank; data parallel ranks share theirs."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": _tracker().get_states(),
+    }
+    shape = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("random", states, shape, place, replica_id=replica)
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    _tracker().set_states(states["megatron"])
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()
+
+
+def _own_files(staging: Path) -> list[str]:
+    """What this rank has to store: its shards, and on rank 0 all that belongs to no rank."""
+    rank = dist.get_rank()
+    files = [f for f in sorted(staging.rglob("*")) if f.is_file()]
+    return [
+        str(f.relative_to(staging))
+        for f in files
+        if f.name.startswith(f"__{rank}_") or (rank == 0 and not f.name.startswith("__"))
+    ]
+
+
+def _from_rank_0(make: Callable[[], T]) -> T:
+    """What ``make`` gives on rank 0, on every rank; its error is every rank's error."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except (OSError, ValueError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+class _SaveHere(TorchDistSaveShardedStrategy):
+    """Writes shards in this process.
+
+    megatron-core's own strategy forks writers and starts a manager process, even to save
+    synchronously: seconds for a small model, and a process that outlives a killed rank.
+    """
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        filesystem_async._results_queue = queue.Queue()
+        request = super().async_save(sharded_state_dict, checkpoint_dir)
+        if request.async_fn is None:
+            return request
+        bound: Any = request.async_fn
+        return request._replace(async_fn=partial(_write_buckets, bound.args[0]))
+
+
+def _write_buckets(
+    transforms: list[Any], rank: int, buckets: list[Any], results: "queue.Queue[Any]"
+) -> None:
+    # In one process plain queues do what multiprocessing's would.
+    written: Any = queue.Queue()
+    pending: Any = queue.Queue()
+    by_bucket: dict[int, Any] = {}
+    for number, bucket in enumerate(buckets):
+        pending.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, written, pending, use_fsync=True
+        )
+        _, outcome = written.get_nowait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        by_bucket[number] = outcome
+    results.put(by_bucket)

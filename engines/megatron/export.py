@@ -1,0 +1,76 @@
+"""The policy's weights under their Hugging Face names, in whole tensors.
+
+Pipeline stages and tensor parallel parts are gathered, so every rank must iterate to the end.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rollflow.engines.cpu.megatron import cuda_means_cpu
+
+from .model import Model
+
+SHARD_BYTES = 4 << 30
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
+
+
+def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight; parts of what servers fuse come in order (q, k, v).
+
+    A tensor may be the model's own: copy it to keep it.
+    """
+    weights = iter(model.bridge.export_weights(model.chunks))
+    while True:
+        # Entered anew each time: the consumer's own work is not megatron-core's.
+        with cuda_means_cpu(), torch.no_grad():
+            item = next(weights, None)
+        if item is None:
+            return
+        yield item[0], item[1].detach()
+
+
+def save_hugging_face(model: Model, source: str, folder: Path, *, write: bool) -> None:
+    """Make ``folder`` a Hugging Face checkpoint: safetensors, and the other files of ``source``.
+
+    Every rank takes part, the one with ``write`` writes. The other files are the configuration, the
+    tokenizer and whatever small files stand beside them.
+    """
+    shards: list[Path] = []
+    index: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        if shard and write:
+            shards.append(folder / f"model-{len(shards) + 1:05d}.safetensors")
+            save_file(shard, shards[-1], metadata={"format": "pt"})
+            index.update(dict.fromkeys(shard, shards[-1].name))
+        shard.clear()
+
+    if write:
+        folder.mkdir(parents=True)
+    for name, tensor in export_weights(model):
+        if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+        if write:
+            shard[name] = tensor.to("cpu", copy=True).contiguous()
+    flush()
+    if write:
+        _finish(Path(source), folder, shards, index)
+
+
+def _finish(source: Path, folder: Path, shards: list[Path], index: dict[str, str]) -> None:
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
+            shutil.copyfile(file, folder / file.name)
+    if len(shards) == 1:
+        shards[0].rename(folder / "model.safetensors")
+        return
+    total = sum(shard.stat().st_size for shard in shards)
+    record = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(record))

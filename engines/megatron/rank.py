@@ -1,0 +1,128 @@
+"""A rank that is up: model, optimizer and process groups, and what can be done with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rollflow.engines import weights
+from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.algorithms.policy import needs
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.platform import detect
+from rollflow.engines.weights import PushResult
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import CheckpointRef, RunRef
+from rollflow.storage.samples import Sample
+
+from . import parallel
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import GatesConfig, TrainerConfig
+from .export import export_weights
+from .model import build_model
+from .optimizer import build_optimizer
+from .reference import Reference
+from .settings import split_settings
+from .step import Learner, train_on
+
+
+class Rank:
+    """See :class:`.actor.TrainerRank`, which counts versions and reads batches."""
+
+    def __init__(self, learner: Learner, model: ModelConfig) -> None:
+        self._learner, self._model = learner, model
+
+    @classmethod
+    def join(
+        cls,
+        rank: int,
+        world_size: int,
+        master: str | parallel.TCPStore,
+        *,
+        model: ModelConfig,
+        trainer: TrainerConfig,
+        megatron: dict[str, Any],
+        algorithm: AlgorithmConfig,
+        gates: GatesConfig,
+        temperature: float,
+        total_steps: int,
+        device: str,
+    ) -> Rank:
+        """Meet the other ranks at ``master`` and build everything; ``temperature`` 0 counts as 1."""
+        platform = detect("cuda" if device == "cuda" else "cpu")
+        if platform.device == "cpu":
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        settings = split_settings(megatron)
+        settings.data_parallel(world_size)
+        timeout_s = trainer.step_timeout_s
+        store = parallel.connect_store(master, timeout_s) if isinstance(master, str) else master
+        parallel.join(store, rank, world_size, backend=platform.backend, timeout_s=timeout_s)
+        parallel.make_groups(settings, trainer.seed, timeout_s=timeout_s)
+        built = build_model(model, settings, platform.device)
+        optimizer, scheduler = build_optimizer(built, settings, trainer, total_steps)
+        learner = Learner(
+            model=built,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            reference=Reference(built) if needs(algorithm).ref_logprobs else None,
+            algorithm=algorithm,
+            trainer=trainer,
+            gates=gates,
+            temperature=temperature or 1.0,
+            device=platform.device,
+        )
+        return cls(learner, model)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts about the rank, for reports."""
+        parameters = (p for chunk in self._learner.model.chunks for p in chunk.parameters())
+        return {
+            "rank": dist.get_rank(),
+            "world_size": dist.get_world_size(),
+            "pid": os.getpid(),
+            "parameters": sum(p.numel() for p in parameters),
+            "dtype": self._learner.model.dtype_name,
+        }
+
+    def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
+        """One batch; the metrics."""
+        return train_on(self._learner, samples, step)
+
+    def digest(self) -> str:
+        """Name of the weights as they are. All ranks take part."""
+        return weights.weights_digest(export_weights(self._learner.model))
+
+    def load(self, store: Store, checkpoint: CheckpointRef) -> None:
+        """Go back to a checkpoint.
+
+        Raises:
+            ValueError: the weights that came back are not those that were saved.
+        """
+        load_checkpoint(self._learner, store, checkpoint)
+        if (digest := self.digest()) != checkpoint.weights_digest:
+            raise ValueError(
+                f"checkpoint {checkpoint.url}: weights {digest} came back where "
+                f"{checkpoint.weights_digest} were saved"
+            )
+
+    def save(self, store: Store, run: RunRef, step: int, *, hf: bool) -> CheckpointRef:
+        """Save everything that training goes on from."""
+        source = self._model.path if hf else None
+        return save_checkpoint(self._learner, store, run, step, self.digest(), hf_source=source)
+
+    def push(self, urls: Sequence[str], version: int) -> PushResult:
+        """Send the weights to servers from rank 0; the others only take part in gathering them."""
+        return weights.push(
+            export_weights(self._learner.model),
+            urls if dist.get_rank() == 0 else (),
+            version,
+            timeout_s=self._learner.trainer.push_timeout_s,
+        )
+
+    def leave(self) -> None:
+        """Take down the process groups."""
+        parallel.leave()

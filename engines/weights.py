@@ -1,0 +1,308 @@
+"""What trainer and rollout servers agree on: names, buckets, versions and checksums of weights.
+
+Weights travel under their Hugging Face names, flattened into buckets. After a push every server
+must answer with the checksums of exactly these weights, under the names SGLang fuses them to, and
+with their version. Importing this module loads no engine.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import os
+import pickle
+import ssl
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Named = tuple[str, "Tensor"]
+
+BUCKET_BYTES = 512 << 20
+SERVER_VOCAB_MULTIPLE = 64
+"""SGLang pads vocabularies to a multiple of this, with zeros."""
+
+FUSED = {
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+"""Hugging Face module -> the module that SGLang fuses it into, and its place there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What a push did, e.g. ``PushResult(7, "ab12...", 2381312, 0.03, ("http://...",))``."""
+
+    version: int
+    digest: str
+    """:func:`weights_digest` of what was pushed."""
+    bytes: int
+    seconds: float
+    servers: tuple[str, ...] = ()
+    """URLs that hold these weights now, verified by checksum and version."""
+    failed: tuple[tuple[str, str], ...] = ()
+    """(URL, reason) of servers that could not be reached; the others were not held up."""
+
+
+class WeightMismatchError(RuntimeError):
+    """A server answered, but does not hold the weights it was sent; the message names both."""
+
+
+Post = Callable[[httpx.Client, int | None], None]
+"""Have one server load one bucket. The version is given with the last bucket only."""
+Transport = Callable[[Sequence[Named]], contextlib.AbstractContextManager[Post]]
+"""A way to bring a bucket to servers: enter it once per bucket, then post it to each server."""
+
+
+def push(
+    named: Iterable[Named],
+    urls: Sequence[str],
+    version: int,
+    *,
+    timeout_s: float,
+    transport: Transport | None = None,
+) -> PushResult:
+    """Bring weights to each server under ``version`` and verify what each holds then.
+
+    Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
+    refuses is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
+    default, for servers on this machine.
+
+    Raises:
+        WeightMismatchError: a server loaded everything and holds something else.
+    """
+    started = time.perf_counter()
+    transport = transport or mapped_file
+    tally = Tally()
+    failed: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        # Servers speak plain HTTP; a context without authorities spares reading all of them.
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        clients = {
+            url: stack.enter_context(
+                httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, verify=tls)
+            )
+            for url in urls
+        }
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, len(urls))))
+
+        def each(act: Callable[[httpx.Client, Any], None], argument: Any) -> None:
+            alive = [url for url in urls if url not in failed]
+            reasons = pool.map(lambda url: _reason(act, clients[url], argument), alive)
+            failed.update((u, r) for u, r in zip(alive, reasons, strict=True) if r)
+
+        for bucket, is_last in _buckets(named):
+            for name, tensor in bucket:
+                tally.add(name, tensor)
+            if urls:
+                with transport(bucket) as post:
+                    each(post, version if is_last else None)
+        checksums = tally.server_checksums()
+        each(lambda client, version: verify(client, checksums, version), version)
+    return PushResult(
+        version=version,
+        digest=tally.digest(),
+        bytes=tally.bytes,
+        seconds=time.perf_counter() - started,
+        servers=tuple(url for url in urls if url not in failed),
+        failed=tuple(failed.items()),
+    )
+
+
+def weights_digest(named: Iterable[Named]) -> str:
+    """The name of a set of weights: sha256 over names, types, shapes and bytes, in any order."""
+    tally = Tally()
+    for name, tensor in named:
+        tally.add(name, tensor)
+    return tally.digest()
+
+
+class Tally:
+    """Checksums of weights, gathered while they pass by under their Hugging Face names."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lines: list[str] = []
+        self._fused: dict[str, tuple[int, Any]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up)."""
+        data = _bytes_of(tensor)
+        self.bytes += len(data)
+        own = hashlib.sha256(data).hexdigest()
+        self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {own}")
+        fused, place = server_name(name)
+        expected, hasher = self._fused.get(fused, (0, hashlib.sha256()))
+        if place != expected:
+            raise ValueError(
+                f"{name} came as part {expected} of {fused} but is part {place}; "
+                "export the parts of a fused weight in order"
+            )
+        hasher.update(data)
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            missing = -tensor.shape[0] % SERVER_VOCAB_MULTIPLE
+            hasher.update(bytes(missing * (len(data) // tensor.shape[0])))
+        self._fused[fused] = (place + 1, hasher)
+
+    def digest(self) -> str:
+        """:func:`weights_digest` of everything added."""
+        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
+
+    def server_checksums(self) -> dict[str, str]:
+        """What ``/weights_checker`` of a single-rank CPU server says of these weights."""
+        return {name: hasher.digest()[:8].hex() for name, (_, hasher) in self._fused.items()}
+
+
+def server_name(name: str) -> tuple[str, int]:
+    """SGLang's name of the parameter that holds ``name``, and the place of ``name`` in it."""
+    for module, (fused, place) in FUSED.items():
+        if f".{module}." in name:
+            return name.replace(f".{module}.", f".{fused}."), place
+    return name, 0
+
+
+def verify(client: httpx.Client, checksums: Mapping[str, str], version: int) -> None:
+    """The server holds exactly the weights of ``checksums`` and says ``version``.
+
+    Raises:
+        WeightMismatchError: it does not.
+        httpx.HTTPError: it cannot be asked.
+    """
+    answer = _ok(client.post("/weights_checker", json={"action": "checksum"})).json()
+    for rank in answer["ranks"]:
+        found = rank["checksums"]
+        wrong = sorted(n for n in checksums.keys() | found if checksums.get(n) != found.get(n))
+        if wrong:
+            raise WeightMismatchError(
+                f"server {client.base_url} holds other weights than version {version} pushed to "
+                f"it: {len(wrong)} of {len(checksums)} parameters differ, first {wrong[0]} "
+                f"(checksum {found.get(wrong[0])}, pushed {checksums.get(wrong[0])})"
+            )
+    told = _ok(client.get("/model_info")).json().get("weight_version")
+    if told != str(version):
+        raise WeightMismatchError(
+            f"server {client.base_url} says weight version {told!r} after version {version} was "
+            "pushed to it"
+        )
+
+
+@contextlib.contextmanager
+def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
+    """A transport to servers on this machine: both sides map one file, kept in memory if possible.
+
+    The request names the file; the server maps it by PyTorch's own ``from_file``. Nothing of either
+    side waits for the other's process, so a dead one cannot block the other. Chosen over sharing by
+    torch.multiprocessing (a helper process, and a wrong key ends the server) and over a gloo group
+    (both sides block when one dies), which are as fast.
+    """
+    import torch
+
+    folder = Path("/dev/shm")
+    folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    path = folder / f"rollflow-weights-{os.getpid()}-{uuid.uuid4().hex}"
+    sizes = [tensor.numel() * tensor.element_size() for _, tensor in bucket]
+    path.touch(mode=0o600, exist_ok=False)
+    try:
+        flat = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)
+        metadata: list[SimpleNamespace] = []
+        start = 0
+        for (name, tensor), size in zip(bucket, sizes, strict=True):
+            end = start + size
+            flat[start:end] = tensor.detach().contiguous().flatten().view(torch.uint8)
+            metadata.append(
+                SimpleNamespace(
+                    name=name,
+                    shape=tensor.shape,
+                    dtype=tensor.dtype,
+                    start_idx=start,
+                    end_idx=end,
+                    numel=size,
+                )
+            )
+            start = end
+        content = {"flattened_tensor": _MappedBytes(str(path), start), "metadata": metadata}
+        payload = base64.b64encode(pickle.dumps(content, protocol=5)).decode()
+        yield functools.partial(_post_tensors, payload)
+    finally:
+        path.unlink()
+
+
+class _MappedBytes:
+    """Unpickled anywhere on this machine, it is the uint8 tensor over the file."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size = path, size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import torch
+
+        build = functools.partial(torch.from_file, dtype=torch.uint8)
+        return build, (self.path, True, self.size)
+
+
+def _post_tensors(payload: str, client: httpx.Client, version: int | None) -> None:
+    body: dict[str, Any] = {
+        "serialized_named_tensors": [payload],
+        "load_format": "flattened_bucket",
+        "flush_cache": version is not None,
+    }
+    if version is not None:
+        body["weight_version"] = str(version)
+    _ok(client.post("/update_weights_from_tensor", json=body))
+
+
+def _ok(response: httpx.Response) -> httpx.Response:
+    if response.is_error:
+        raise httpx.HTTPStatusError(
+            f"{response.url.path} answered {response.status_code}: {response.text[:300]}",
+            request=response.request,
+            response=response,
+        )
+    return response
+
+
+def _reason(act: Callable[[httpx.Client, Any], None], client: httpx.Client, argument: Any) -> str:
+    """Why ``act`` could not reach the server; empty if it did."""
+    try:
+        act(client, argument)
+    except httpx.HTTPError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _buckets(named: Iterable[Named]) -> Iterator[tuple[list[Named], bool]]:
+    """Cut into buckets of at most ``BUCKET_BYTES``, and say which is the last."""
+    bucket: list[Named] = []
+    size = 0
+    for name, tensor in named:
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        if bucket and size + tensor_bytes > BUCKET_BYTES:
+            yield bucket, False
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor_bytes
+    if bucket:
+        yield bucket, True
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
