@@ -25,7 +25,7 @@ async def run_demo(seed: int, seconds_install: float, ui: str, console: Console)
     arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     warm, warm_config = await warm_up(f"{name}-sft", seed)
-    weights = await checkpoint_weights.fn(warm_config.store, warm.run, None)
+    weights = await checkpoint_weights(warm_config.store, warm.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"
     config = load_config(
         recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path)

@@ -23,6 +23,7 @@ async def train(config: RunConfig) -> RunSummary:
         async with running_engines(config, plan) as engines:
             await sync_weights(engines, plan.next_step)
             await evaluate_weights(config, plan.run, engines, plan.next_step, progress)
+            good_enough = False
             for step in range(plan.next_step, config.steps):
                 await iteration(config, plan.run, engines, step, progress)
                 good_enough = await evaluate_weights(config, plan.run, engines, step + 1, progress)

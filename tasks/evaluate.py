@@ -4,9 +4,19 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines import cluster
-from rollflow.storage.refs import BatchRef
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.manifests import find_batch
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import BatchRef, RunRef
 
 from .engines import Engines
+
+
+async def find_evaluation(
+    store: StoreConfig, run: RunRef, dataset: str, version: int
+) -> BatchRef | None:
+    """The stored evaluation of the weights that were trained ``version`` steps, if there is one."""
+    return find_batch(Store(store), run, version, dataset)
 
 
 @task(name="evaluate", task_run_name="evaluate {dataset}", cache_policy=NO_CACHE)

@@ -1,0 +1,132 @@
+"""Tables for people: runs, batches, samples."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.inspect import batch_rows, batch_samples, run_rows
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import open_run
+from rollflow.storage.samples import Sample
+
+BATCH_METRICS = (
+    "rollout/reward",
+    "rollout/response_len",
+    "rollout/truncated_ratio",
+    "rollout/failed",
+)
+
+
+def print_runs(url: str, console: Console) -> None:
+    """One line a run: steps, newest checkpoint, newest reward."""
+    table = Table("run", "created", "steps", "checkpoint", "reward", "code", box=None)
+    for row in run_rows(Store(StoreConfig(url=url))):
+        table.add_row(
+            row["name"],
+            row["created_at"][:19],
+            str(row["steps"]),
+            "" if row["checkpoint"] is None else str(row["checkpoint"]),
+            "" if row["reward"] is None else f"{row['reward']:.3f}",
+            row["code_revision"],
+        )
+    console.print(table)
+
+
+def print_batches(url: str, run: str, newest: int, console: Console) -> None:
+    """One line a batch of a run; a batch that is not committed yet is marked."""
+    store = Store(StoreConfig(url=url))
+    names = [name.removeprefix("rollout/") for name in BATCH_METRICS]
+    table = Table("step", "samples", "groups", *names, "digest", box=None)
+    for row in batch_rows(store, open_run(store, run), newest=newest):
+        if not row["committed"]:
+            table.add_row(str(row["step"]), "being written")
+            continue
+        numbers = [f"{row['metrics'].get(name, float('nan')):.3f}" for name in BATCH_METRICS]
+        table.add_row(
+            str(row["step"]), str(row["rows"]), str(row["groups"]), *numbers, row["digest"][:12]
+        )
+    console.print(table)
+
+
+def print_samples(
+    url: str, run: str, step: int | None, sample_id: str | None, limit: int, console: Console
+) -> None:
+    """Samples of a step as a table, or one sample with every token.
+
+    Raises:
+        ValueError: the step has no batch, or no sample has that id.
+    """
+    store = Store(StoreConfig(url=url))
+    samples = batch_samples(store, open_run(store, run), step)
+    if sample_id is None:
+        _print_table(samples[:limit], len(samples), console)
+        return
+    found = [s for s in samples if s.sample_id == sample_id]
+    if not found:
+        raise ValueError(
+            f"no sample {sample_id!r} in step {samples[0].step} of run {run!r}; "
+            f"ids look like {samples[0].sample_id!r}"
+        )
+    _print_sample(found[0], console)
+
+
+def _print_table(samples: list[Sample], total: int, console: Console) -> None:
+    table = Table("sample", "prompt", "answer", "label", "reward", "status", "version", box=None)
+    for sample in samples:
+        table.add_row(
+            Text(sample.sample_id),
+            Text(_short(sample.prompt_text)),
+            Text(_short(sample.response_text)),
+            Text(_short(sample.label or "")),
+            "" if sample.reward is None else f"{sample.reward:.3f}",
+            sample.status.value,
+            _versions(sample),
+        )
+    console.print(table)
+    graders = ", ".join(sorted({s.grader for s in samples}))
+    console.print(f"{len(samples)} of {total} samples of step {samples[0].step}; grader {graders}")
+
+
+def _print_sample(sample: Sample, console: Console) -> None:
+    facts = Table(box=None, show_header=False)
+    for name in (
+        "sample_id",
+        "prompt_id",
+        "prompt_text",
+        "response_text",
+        "label",
+        "reward",
+        "reward_parts",
+        "grader",
+        "status",
+        "finish_reason",
+        "seed",
+        "sampling",
+        "engine",
+        "metadata",
+        "generate_s",
+        "score_s",
+    ):
+        facts.add_row(name, Text(str(getattr(sample, name))))
+    console.print(facts)
+    tokens = Table("token", "log-prob", "version", "trained on", box=None)
+    columns = (
+        sample.response_ids,
+        sample.rollout_logprobs,
+        sample.policy_versions,
+        sample.loss_mask,
+    )
+    for token, logprob, version, trained in zip(*columns, strict=True):
+        tokens.add_row(str(token), f"{logprob:.4f}", str(version), "yes" if trained else "no")
+    console.print(tokens)
+
+
+def _versions(sample: Sample) -> str:
+    versions = sorted(set(sample.policy_versions))
+    return "-".join(str(v) for v in (versions[:1] + versions[1:][-1:]))
+
+
+def _short(text: str, length: int = 60) -> str:
+    flat = text.replace("\n", "⏎")
+    return flat if len(flat) <= length else f"{flat[: length - 1]}…"

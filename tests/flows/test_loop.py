@@ -1,0 +1,209 @@
+"""The real loop, from the command line to the store: two SGLang servers behind the router, two
+Megatron ranks, Ray, a Prefect flow, Arrow shards. One start of the engines serves many claims."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollflow.flows.recipes import arithmetic
+from rollflow.storage.checkpoints import newest_checkpoint
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.manifests import find_batch, read_batch
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import open_run
+from rollflow.storage.steps import read_steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CONFIG = """
+name = "loop"
+steps = 3
+[model]
+path = "arithmetic/model"
+random_weights = true
+[data]
+path = "arithmetic/train.jsonl"
+[rollout]
+batch_size = 8
+n_samples_per_prompt = 4
+servers = 2
+shard_groups = 3
+reward = "my_reward:first_digit"
+sampling = { max_new_tokens = 4 }
+[trainer]
+ranks = 2
+max_tokens_per_micro_batch = 64
+updates_per_batch = 2
+[checkpoint]
+every = 2
+[megatron]
+lr = 1e-3
+[[evals]]
+name = "heldout"
+every = 2
+data = { path = "arithmetic/heldout.jsonl@[0:20]", shuffle = false }
+sampling = { temperature = 0.0, max_new_tokens = 4 }
+reward = "rollflow.engines.rewards.exact_match:exact_match"
+"""
+REWARD = '''
+def first_digit(sample):
+    """A reward of one's own: is the first character a digit, and is the answer short?"""
+    digit = float(sample.response_text[:1].isdigit())
+    return {"reward": digit, "digit": digit, "length": float(len(sample.response_ids))}
+'''
+
+
+def rollflow(folder: Path, *words: str) -> str:
+    """Run the command line in ``folder``; its output, on failure too."""
+    command = [sys.executable, "-m", "rollflow.flows.cli", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    arithmetic.make(folder / "arithmetic")
+    (folder / "run.toml").write_text(CONFIG)
+    (folder / "my_reward.py").write_text(REWARD)
+    before = our_processes()
+    rollflow(folder, "train", "run.toml")
+    (folder / "left.json").write_text(json.dumps(sorted(our_processes() - before)))
+    yield folder
+    rollflow(folder, "down")
+
+
+def our_processes() -> set[str]:
+    """Engines and Ray processes that run now, but for the Prefect server, which is meant to stay."""
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline", "name"]):
+        line = " ".join(process.info["cmdline"] or [])
+        names = ("ray::", "raylet", "gcs_server", "sglang", "rollflow.engines")
+        if any(n in line or n in (process.info["name"] or "") for n in names):
+            found.add(f"{process.info['pid']} {line[:120]}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def stored(folder):
+    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+    return store, open_run(store, "loop")
+
+
+def test_every_step_has_a_batch_of_all_its_samples_and_a_record(stored):
+    store, run = stored
+    steps = read_steps(store, run)
+    assert [s.step for s in steps] == [0, 1, 2]
+    for record in steps:
+        batch = find_batch(store, run, record.step)
+        assert batch is not None
+        assert record.batch_digest == batch.digest
+        samples = read_batch(store, batch)
+        assert len({s.sample_id for s in samples}) == 32
+        assert {s.index for s in samples} == {0, 1, 2, 3}
+        assert {v for s in samples for v in s.policy_versions} == {record.step}
+
+
+def test_shards_are_written_while_generation_still_runs(folder):
+    parts = list((folder / ".rollflow/store/runs/loop/rollouts/step-000000").glob("part-*.arrow"))
+    assert len(parts) >= 2
+
+
+def test_trainer_and_rollout_agree_about_every_log_probability(stored):
+    store, run = stored
+    for record in read_steps(store, run):
+        assert 0 <= record.metrics["mismatch/logprob_gap_max"] < 1e-4
+
+
+def test_every_step_changes_the_weights(stored):
+    store, run = stored
+    digests = [s.weights_digest for s in read_steps(store, run)]
+    assert len(set(digests)) == 3
+
+
+def test_a_reward_of_ones_own_is_stored_with_its_named_parts(stored):
+    store, run = stored
+    samples = read_batch(store, find_batch(store, run, 0))
+    for sample in samples:
+        assert sample.reward == sample.reward_parts["digit"]
+        assert sample.reward_parts["length"] == len(sample.response_ids)
+        assert sample.grader.startswith("my_reward:first_digit@")
+
+
+def test_the_last_step_leaves_a_checkpoint_that_hugging_face_can_load(stored):
+    from transformers import AutoModelForCausalLM
+
+    store, run = stored
+    checkpoint = newest_checkpoint(store, run)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    model = AutoModelForCausalLM.from_pretrained(Path(checkpoint.url) / "hf")
+    assert model.config.num_hidden_layers == 4
+
+
+def test_evaluations_are_stored_like_batches(stored):
+    store, run = stored
+    for version in (0, 2, 3):
+        batch = find_batch(store, run, version, "heldout")
+        assert batch is not None
+        assert batch.rows == 20
+        assert "eval/heldout/reward" in batch.metrics
+
+
+def test_no_process_is_left_behind(folder):
+    assert json.loads((folder / "left.json").read_text()) == []
+
+
+def test_tensorboard_and_the_picture_are_written(folder):
+    assert list((folder / ".rollflow/tensorboard/loop").glob("events.*"))
+    assert (folder / ".rollflow/store/runs/loop/reward.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_stored_samples_can_be_read_on_the_command_line(folder):
+    assert "loop" in rollflow(folder, "runs", "ls")
+    assert "000002" in rollflow(folder, "rollouts", "ls", "loop").replace(" 2 ", "000002")
+    shown = rollflow(folder, "rollouts", "show", "loop", "--step", "1", "--limit", "2")
+    assert "my_reward:first_digit" in shown
+
+
+def test_the_same_command_with_more_steps_continues_the_run(folder, stored):
+    store, run = stored
+    before = {s.step: s for s in read_steps(store, run)}
+    rollflow(folder, "train", "run.toml", "--steps", "4")
+    after = {s.step: s for s in read_steps(store, run)}
+    assert sorted(after) == [0, 1, 2, 3]
+    assert all(after[n] == before[n] for n in before)
+
+
+def test_a_finished_run_trains_nothing_and_says_so(folder):
+    assert "finished already" in rollflow(folder, "train", "run.toml", "--steps", "4")
+
+
+def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
+    assert "eval/heldout/reward" in rollflow(folder, "evaluate", "run.toml", "--steps", "4", "--step", "1")
+
+
+def test_a_run_is_not_continued_with_other_settings(folder):
+    command = [sys.executable, "-m", "rollflow.flows.cli", "train", "run.toml", "--lr", "1e-4"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ}
+    )
+    assert done.returncode == 1
+    assert "megatron.lr" in done.stderr
+
+
+def test_supervised_training_needs_no_server(folder):
+    words = ("--name", "labels", "--steps", "2", "--algorithm", '{name = "sft"}', "--evals", "[]")
+    rollout = ("--rollout.servers", "0", "--rollout.n-samples-per-prompt", "1")
+    hook = ("--rollout.generate", "rollflow.engines.rollout.supervised:generate")
+    rollflow(folder, "sft", "run.toml", *words, *rollout, *hook)
+    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+    losses = [s.metrics["train/loss"] for s in read_steps(store, open_run(store, "labels"))]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
