@@ -49,11 +49,8 @@ def store_files(store: Store, folder: str, source: Path, names: Sequence[str]) -
     """Put files of the local folder ``source`` into a checkpoint's folder under the same names."""
     stored: list[StoredFile] = []
     for name in names:
-        file = source / name
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        store.put_file(store.join(folder, name), file)
-        stored.append(StoredFile(name, file.stat().st_size, digest))
+        stored.append(StoredFile(name, *_local_checksum(source / name)))
+        store.put_file(store.join(folder, name), source / name)
     return stored
 
 
@@ -146,13 +143,9 @@ def verify_checkpoint(store: Store, ref: CheckpointRef) -> list[StoredFile]:
     for file in files:
         url = store.join(ref.url, file.name)
         try:
-            size, digest = store.checksum(url)
+            _check(file, url, *store.checksum(url))
         except FileNotFoundError as error:
             raise ManifestError(url, f"{file.bytes} bytes", "no such object") from error
-        if (size, digest) != (file.bytes, file.sha256):
-            raise ManifestError(
-                url, f"{file.bytes} bytes, sha256 {file.sha256}", f"{size} bytes, sha256 {digest}"
-            )
     return files
 
 
@@ -162,7 +155,9 @@ def fetch_checkpoint(store: Store, ref: CheckpointRef, staging: Path) -> Path:
     if local := store.local_path(ref.url):
         return local
     for file in files:
-        store.get_file(store.join(ref.url, file.name), staging / file.name)
+        url, target = store.join(ref.url, file.name), staging / file.name
+        store.get_file(url, target)
+        _check(file, url, *_local_checksum(target))
     return staging
 
 
@@ -171,3 +166,16 @@ def delete_checkpoint(store: Store, ref: CheckpointRef) -> None:
     store.delete(store.join(ref.url, MANIFEST))
     for url in store.list(ref.url):
         store.delete(url)
+
+
+def _local_checksum(file: Path) -> tuple[int, str]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, digest
+
+
+def _check(file: StoredFile, url: str, size: int, digest: str) -> None:
+    if (size, digest) != (file.bytes, file.sha256):
+        raise ManifestError(
+            url, f"{file.bytes} bytes, sha256 {file.sha256}", f"{size} bytes, sha256 {digest}"
+        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +39,15 @@ def group_ids(step: int, prompt_ids: Sequence[str]) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _order(rows: int, n: int, seed: int, shuffle: bool, epoch: int) -> Rows:
-    # Putting off moves only the first n rows of an epoch, so an epoch of 2n or more ends as it was
-    # shuffled; the ends of shorter ones depend on all epochs before.
-    first = max(epoch - 1, 0) if rows >= 2 * n else 0
+    if n > rows:
+        return _shuffled(rows, seed, shuffle, epoch)
+    # Where an epoch begins with a batch nothing is put off, which is so every `period` epochs. And
+    # only an epoch's first n rows are moved: one of 2n rows or more ends as it was shuffled.
+    period = n // gcd(rows, n)
+    first = epoch - min(epoch % period, 1 if rows >= 2 * n else period)
     order = _shuffled(rows, seed, shuffle, first)
     for e in range(first + 1, epoch + 1):
-        before = order[rows - (e * rows) % n :] if n <= rows and (e * rows) % n else order[:0]
+        before = order[rows - (e * rows) % n :] if (e * rows) % n else order[:0]
         order = _put_off(_shuffled(rows, seed, shuffle, e), before, n)
     return order
 

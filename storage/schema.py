@@ -87,27 +87,47 @@ def _column(field: pa.Field, samples: Sequence[Sample]) -> pa.Array:
             for sample, value in zip(samples, values, strict=True)
         ]
     try:
-        return _array(field.type, values)
+        return _array(field, values)
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
         raise _bad_value(field, samples, values) from error
 
 
-def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
+def _array(field: pa.Field, values: list[Any]) -> pa.Array:
+    kind = field.type
     if pa.types.is_list(kind):
         offsets = np.zeros(len(values) + 1, np.int32)
         np.cumsum([len(value) for value in values], out=offsets[1:])
-        flat = pa.array(list(chain.from_iterable(values)), kind.value_type)
-        return pa.ListArray.from_arrays(offsets, flat, type=kind)
-    if pa.types.is_map(kind):
-        values = [list(value.items()) for value in values]
-    return pa.array(values, kind)
+        flat = _typed(list(chain.from_iterable(values)), kind.value_type)
+        array, inner = pa.ListArray.from_arrays(offsets, flat, type=kind), flat
+    elif pa.types.is_map(kind):
+        array = pa.array([list(value.items()) for value in values], kind)
+        inner = array.items
+    else:
+        array = inner = _typed(values, kind)
+    if inner.null_count and not field.nullable:
+        raise pa.ArrowInvalid("None is no value here")
+    return array
+
+
+def _typed(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Convert without the silent loss of ``pa.array([1, 2.5], pa.int32())``, which gives [1, 2]."""
+    found = pa.array(values)
+    if pa.types.is_floating(kind):
+        fits = pa.types.is_floating(found.type) or pa.types.is_integer(found.type)
+    elif pa.types.is_integer(kind):
+        fits = pa.types.is_integer(found.type)
+    else:
+        fits = found.type == kind
+    if not (fits or pa.types.is_null(found.type)):
+        raise pa.ArrowInvalid(f"it is {found.type}")
+    return found.cast(kind)
 
 
 def _bad_value(field: pa.Field, samples: Sequence[Sample], values: list[Any]) -> ValueError:
     """Find the first value that does not fit, to name it."""
     for sample, value in zip(samples, values, strict=True):
         try:
-            _array(field.type, [value])
+            _array(field, [value])
         except (pa.ArrowException, OverflowError, UnicodeError, TypeError) as error:
             return ValueError(
                 f"sample {sample.sample_id}: {field.name} is {value!r:.200}, "
