@@ -59,6 +59,7 @@ _TRANSIENT_ERRNOS = {
     errno.ETIMEDOUT,
 }
 _TRANSIENT_CLASSES = {
+    "botocore.exceptions.ConnectionError",
     "botocore.exceptions.HTTPClientError",
     "botocore.exceptions.IncompleteReadError",
     "botocore.parsers.ResponseParserError",
