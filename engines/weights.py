@@ -14,13 +14,10 @@ import hashlib
 import os
 import pickle
 import ssl
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +29,14 @@ if TYPE_CHECKING:
 Named = tuple[str, "Tensor"]
 
 BUCKET_BYTES = 512 << 20
-SERVER_VOCAB_MULTIPLE = 64
-"""SGLang pads vocabularies to a multiple of this, with zeros."""
+PADDED = {
+    "embed_tokens.weight": (0, 64),
+    "lm_head.weight": (0, 64),
+    "gate_proj.weight": (0, 32),
+    "up_proj.weight": (0, 32),
+    "down_proj.weight": (1, 32),
+}
+"""Dimension that an SGLang server pads with zeros, and to a multiple of what; the MLP's on a CPU."""
 
 FUSED = {
     "q_proj": ("qkv_proj", 0),
@@ -61,7 +64,7 @@ class PushResult:
 
 
 class WeightMismatchError(RuntimeError):
-    """A server answered, but does not hold the weights it was sent; the message names both."""
+    """A server is there, but refuses the weights or holds others; the message names it and why."""
 
 
 Post = Callable[[httpx.Client, int | None], None]
@@ -81,11 +84,11 @@ def push(
     """Bring weights to each server under ``version`` and verify what each holds then.
 
     Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
-    refuses is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
+    silent is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
     default, for servers on this machine.
 
     Raises:
-        WeightMismatchError: a server loaded everything and holds something else.
+        WeightMismatchError: a server answered with an error, or holds something else afterwards.
     """
     started = time.perf_counter()
     transport = transport or mapped_file
@@ -154,10 +157,8 @@ class Tally:
                 f"{name} came as part {expected} of {fused} but is part {place}; "
                 "export the parts of a fused weight in order"
             )
-        hasher.update(data)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            missing = -tensor.shape[0] % SERVER_VOCAB_MULTIPLE
-            hasher.update(bytes(missing * (len(data) // tensor.shape[0])))
+        padded = _padded(name, tensor)
+        hasher.update(data if padded is tensor else _bytes_of(padded))
         self._fused[fused] = (place + 1, hasher)
 
     def digest(self) -> str:
@@ -177,12 +178,23 @@ def server_name(name: str) -> tuple[str, int]:
     return name, 0
 
 
+def _padded(name: str, tensor: Tensor) -> Tensor:
+    for suffix, (dimension, multiple) in PADDED.items():
+        if name.endswith(suffix) and (missing := -tensor.shape[dimension] % multiple):
+            shape = [*tensor.shape]
+            shape[dimension] += missing
+            padded = tensor.new_zeros(shape)
+            padded.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor.detach())
+            return padded
+    return tensor
+
+
 def verify(client: httpx.Client, checksums: Mapping[str, str], version: int) -> None:
     """The server holds exactly the weights of ``checksums`` and says ``version``.
 
     Raises:
-        WeightMismatchError: it does not.
-        httpx.HTTPError: it cannot be asked.
+        WeightMismatchError: it does not, or answers with an error.
+        httpx.TransportError: it does not answer.
     """
     answer = _ok(client.post("/weights_checker", json={"action": "checksum"})).json()
     for rank in answer["ranks"]:
@@ -204,22 +216,21 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int) -> 
 
 @contextlib.contextmanager
 def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
-    """A transport to servers on this machine: both sides map one file, kept in memory if possible.
+    """A transport to servers on this machine: both sides map one file that is only in memory.
 
     The request names the file; the server maps it by PyTorch's own ``from_file``. Nothing of either
-    side waits for the other's process, so a dead one cannot block the other. Chosen over sharing by
-    torch.multiprocessing (a helper process, and a wrong key ends the server) and over a gloo group
-    (both sides block when one dies), which are as fast.
+    side waits for the other's process, so a dead one cannot block the other, and the file ends with
+    this process. Chosen over sharing by torch.multiprocessing (a helper process, and a wrong key
+    ends the server) and over a gloo group (both sides block when one dies), which are as fast.
     """
     import torch
 
-    folder = Path("/dev/shm")
-    folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
-    path = folder / f"rollflow-weights-{os.getpid()}-{uuid.uuid4().hex}"
     sizes = [tensor.numel() * tensor.element_size() for _, tensor in bucket]
-    path.touch(mode=0o600, exist_ok=False)
+    descriptor = os.memfd_create("rollflow-weights")
     try:
-        flat = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8)
+        os.ftruncate(descriptor, sum(sizes))
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        flat = torch.from_file(path, shared=True, size=sum(sizes), dtype=torch.uint8)
         metadata: list[SimpleNamespace] = []
         start = 0
         for (name, tensor), size in zip(bucket, sizes, strict=True):
@@ -236,11 +247,11 @@ def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
                 )
             )
             start = end
-        content = {"flattened_tensor": _MappedBytes(str(path), start), "metadata": metadata}
+        content = {"flattened_tensor": _MappedBytes(path, start), "metadata": metadata}
         payload = base64.b64encode(pickle.dumps(content, protocol=5)).decode()
         yield functools.partial(_post_tensors, payload)
     finally:
-        path.unlink()
+        os.close(descriptor)
 
 
 class _MappedBytes:
@@ -253,7 +264,8 @@ class _MappedBytes:
         import torch
 
         build = functools.partial(torch.from_file, dtype=torch.uint8)
-        return build, (self.path, True, self.size)
+        # Not shared: opened for reading only, so a late reader cannot make the file anew.
+        return build, (self.path, False, self.size)
 
 
 def _post_tensors(payload: str, client: httpx.Client, version: int | None) -> None:
@@ -269,10 +281,8 @@ def _post_tensors(payload: str, client: httpx.Client, version: int | None) -> No
 
 def _ok(response: httpx.Response) -> httpx.Response:
     if response.is_error:
-        raise httpx.HTTPStatusError(
-            f"{response.url.path} answered {response.status_code}: {response.text[:300]}",
-            request=response.request,
-            response=response,
+        raise WeightMismatchError(
+            f"server {response.url} answered {response.status_code}: {response.text[:300]}"
         )
     return response
 
@@ -281,7 +291,7 @@ def _reason(act: Callable[[httpx.Client, Any], None], client: httpx.Client, argu
     """Why ``act`` could not reach the server; empty if it did."""
     try:
         act(client, argument)
-    except httpx.HTTPError as error:
+    except httpx.TransportError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -1,0 +1,67 @@
+"""Training goes on from a checkpoint as if it had never stopped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rollflow.engines.megatron.config import TrainerConfig
+from rollflow.engines.weights import weights_digest
+from rollflow.storage.integrity import ManifestError
+
+
+def test_a_restored_run_goes_on_bit_by_bit(one_rank, run):
+    trainer = TrainerConfig(lr_decay_style="cosine", lr_warmup_steps=1, updates_per_batch=2)
+    batches = [run.commit(step) for step in range(4)]
+    with one_rank(trainer=trainer) as rank:
+        for batch in batches[:2]:
+            rank.train(batch)
+        checkpoint = rank.save(1)
+        straight = [rank.train(batch) for batch in batches[2:]]
+    with one_rank(trainer=trainer) as rank:
+        assert rank.restore(checkpoint) == 2
+        resumed = [rank.train(batch) for batch in batches[2:]]
+    assert [r.weights_digest for r in resumed] == [r.weights_digest for r in straight]
+    assert [r.metrics["train/lr"] for r in resumed] == [r.metrics["train/lr"] for r in straight]
+
+
+def test_a_checkpoint_goes_back_over_a_live_trainer(one_rank, run):
+    batches = [run.commit(step) for step in range(2)]
+    with one_rank() as rank:
+        rank.train(batches[0])
+        checkpoint = rank.save(0, hf=False)
+        first = rank.train(batches[1])
+        assert rank.restore(checkpoint) == 1
+        assert rank.train(batches[1]).weights_digest == first.weights_digest
+
+
+def test_the_hugging_face_folder_holds_the_weights_and_what_stood_beside_them(
+    one_rank, run, model_path
+):
+    with one_rank() as rank:
+        result = rank.train(run.commit(0))
+        checkpoint = rank.save(0)
+        assert rank.save(0) == checkpoint
+    folder = Path(checkpoint.url) / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert weights_digest(model.state_dict().items()) == result.weights_digest
+    kept = (folder / "generation_config.json").read_bytes()
+    assert kept == (model_path / "generation_config.json").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_not_loaded(one_rank, run):
+    with one_rank() as rank:
+        rank.train(run.commit(0))
+        checkpoint = rank.save(0, hf=False)
+        shard = Path(checkpoint.url) / "torch_dist" / "__0_0.distcp"
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(ManifestError, match="__0_0"):
+            rank.restore(checkpoint)
+
+
+def test_only_the_step_that_was_just_trained_can_be_saved(one_rank):
+    with one_rank() as rank, pytest.raises(ValueError, match="checkpoint of step 3"):
+        rank.save(3)

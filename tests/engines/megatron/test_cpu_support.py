@@ -1,0 +1,57 @@
+"""The CPU support is narrow: nothing of it is left outside, and it nests."""
+
+import importlib.metadata
+
+import pytest
+import torch
+
+from rollflow.engines.cpu import megatron as support
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's support")
+
+
+def test_cuda_means_cpu_only_inside_and_also_when_nested():
+    before = (torch.cuda.current_device, torch.cuda.synchronize)
+    with support.cuda_means_cpu(), support.cuda_means_cpu():
+        tensor = torch.zeros(2, device="cuda", pin_memory=True)
+        assert tensor.device.type == "cpu"
+        assert tensor.cuda() is tensor
+        assert tensor.type() == "torch.cuda.FloatTensor"
+        assert torch.cuda.current_device() == torch.device("cpu")
+        torch.cuda.synchronize()
+    assert (torch.cuda.current_device, torch.cuda.synchronize) == before
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_it_is_undone_after_an_error():
+    with pytest.raises(KeyError), support.cuda_means_cpu():
+        raise KeyError
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_an_unknown_version_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    with pytest.raises(RuntimeError, match=r"megatron-core 9\.9.*0\.16\.1"):
+        support.install()
+
+
+def test_a_named_random_state_goes_on_where_it_was_and_leaves_the_default_alone():
+    tracker = support.CpuRngTracker()
+    tracker.add("a", 1)
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    with tracker.fork("a"):
+        first = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    saved = tracker.get_states()
+    with tracker.fork("a"):
+        second = torch.rand(2)
+    tracker.set_states(saved)
+    with tracker.fork("a"):
+        assert torch.equal(torch.rand(2), second)
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="'a'"):
+        tracker.add("a", 2)

@@ -1,0 +1,226 @@
+"""Weights reach servers whole, are verified there, and no server can hold up another."""
+
+import base64
+import hashlib
+import json
+import pickle
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rollflow.engines import weights
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.rollout.ports import PortLease
+from rollflow.engines.rollout.process import OwnedProcess
+from rollflow.engines.rollout.server import wait_until_up
+from rollflow.engines.rollout.server_args import server_arguments
+from rollflow.engines.weights import (
+    Tally,
+    WeightMismatchError,
+    push,
+    server_name,
+    verify,
+    weights_digest,
+)
+
+LAYER = "model.layers.0."
+SHAPES = {
+    "model.embed_tokens.weight": (24, 8),
+    LAYER + "self_attn.q_proj.weight": (8, 8),
+    LAYER + "self_attn.k_proj.weight": (4, 8),
+    LAYER + "self_attn.v_proj.weight": (4, 8),
+    LAYER + "mlp.gate_proj.weight": (6, 8),
+    LAYER + "mlp.up_proj.weight": (6, 8),
+    "model.norm.weight": (8,),
+    "lm_head.weight": (64, 8),
+}
+
+
+@pytest.fixture
+def named():
+    torch.manual_seed(0)
+    return [(name, torch.randn(shape)) for name, shape in SHAPES.items()]
+
+
+class FakeServer(ThreadingHTTPServer):
+    """SGLang's verbs over a dictionary: loads buckets, fuses, pads, tells checksums and version."""
+
+    daemon_threads = True
+    version = "default"
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.weights, self.flushes, self.spoil = {}, [], False
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def load(self, body):
+        [payload] = body["serialized_named_tensors"]
+        bucket = pickle.loads(base64.b64decode(payload))
+        for meta in bucket["metadata"]:
+            flat = bucket["flattened_tensor"][meta.start_idx : meta.end_idx]
+            self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape).clone()
+        self.flushes.append(body["flush_cache"])
+        self.version = body.get("weight_version", self.version)
+
+    def checksums(self):
+        parts = {}
+        for name, tensor in self.weights.items():
+            multiple = 32 if "mlp" in name else 64 if "embed" in name or "head" in name else 1
+            padding = torch.zeros(-len(tensor) % multiple, *tensor.shape[1:])
+            parts.setdefault(server_name(name)[0], []).append(torch.cat([tensor, padding]))
+        fused = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        if self.spoil:
+            fused["model.norm.weight"] = fused["model.norm.weight"] + 1
+        return {
+            name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+            for name, tensor in fused.items()
+        }
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/update_weights_from_tensor":
+            self.server.load(body)
+            return self.answer({"success": True})
+        assert (self.path, body) == ("/weights_checker", {"action": "checksum"})
+        return self.answer({"ranks": [{"checksums": self.server.checksums()}]})
+
+    def do_GET(self):
+        self.answer({"weight_version": self.server.version})
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def servers():
+    started = [FakeServer(), FakeServer()]
+    yield started
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_digest_does_not_depend_on_the_order_but_on_every_bit(named):
+    digest = weights_digest(named)
+    assert weights_digest(reversed_but_fused_in_order(named)) == digest
+    for i, (name, tensor) in enumerate(named):
+        changed = tensor.clone()
+        changed.view(-1)[-1] = torch.nextafter(changed.view(-1)[-1], torch.tensor(9.0))
+        assert weights_digest([*named[:i], (name, changed), *named[i + 1 :]]) != digest
+
+
+def reversed_but_fused_in_order(named):
+    return [*named[6:], *named[:6]]
+
+
+def test_parts_of_a_fused_weight_must_come_in_order(named):
+    tally = Tally()
+    with pytest.raises(ValueError, match=r"k_proj.*as part 0 of.*qkv_proj"):
+        tally.add(*named[2])
+
+
+@pytest.mark.parametrize("bucket_bytes", [1 << 30, 300])
+def test_every_server_gets_all_weights_and_the_version(named, servers, monkeypatch, bucket_bytes):
+    monkeypatch.setattr(weights, "BUCKET_BYTES", bucket_bytes)
+    result = push(named, [s.url for s in servers], 7, timeout_s=10)
+    assert result.servers == tuple(s.url for s in servers)
+    assert result.failed == ()
+    assert (result.version, result.digest) == (7, weights_digest(named))
+    assert result.bytes == sum(t.nbytes for _, t in named)
+    for server in servers:
+        assert server.version == "7"
+        assert all(torch.equal(server.weights[name], tensor) for name, tensor in named)
+        assert server.flushes == [False] * (len(server.flushes) - 1) + [True]
+    open_files = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
+    assert not any("rollflow-weights" in name for name in open_files)
+
+
+def test_a_dead_and_a_silent_server_are_named_and_the_rest_proceed(named, servers):
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead_url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        result = push(named, [dead_url, servers[0].url, silent_url], 1, timeout_s=0.5)
+        assert time.monotonic() - started < 5
+    assert result.servers == (servers[0].url,)
+    assert dict(result.failed).keys() == {dead_url, silent_url}
+    assert "ConnectError" in dict(result.failed)[dead_url]
+    assert "ReadTimeout" in dict(result.failed)[silent_url]
+
+
+def test_a_server_that_holds_something_else_stops_the_run(named, servers):
+    servers[1].spoil = True
+    with pytest.raises(WeightMismatchError, match=rf"{servers[1].url}.*first model\.norm\.weight"):
+        push(named, [s.url for s in servers], 1, timeout_s=10)
+
+
+def test_a_server_that_says_another_version_stops_the_run(named, servers):
+    push(named, [servers[0].url], 1, timeout_s=10)
+    tally = Tally()
+    for name, tensor in named:
+        tally.add(name, tensor)
+    with httpx.Client(base_url=servers[0].url, trust_env=False) as client:
+        verify(client, tally.server_checksums(), 1)
+        with pytest.raises(WeightMismatchError, match="says weight version '1' after version 2"):
+            verify(client, tally.server_checksums(), 2)
+
+
+def test_without_servers_the_digest_is_still_told(named):
+    result = push(named, [], 3, timeout_s=1)
+    assert result.digest == weights_digest(named)
+    assert (result.servers, result.failed) == ((), ())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checksums of a CPU server")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_a_real_server_holds_what_was_pushed(tmp_path):
+    config = Qwen3Config(
+        vocab_size=24,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3ForCausalLM(config).float()
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        changed = [(name, p.detach() + 0.5) for name, p in model.named_parameters()]
+    lease = PortLease()
+    settings = ModelConfig(path=str(tmp_path / "model"))
+    table = {"skip_tokenizer_init": True}
+    arguments = server_arguments(settings, table, "cpu", port=lease.port, seed=0)
+    process = OwnedProcess("server", arguments, tmp_path / "server.log", "cpu")
+    url = f"http://127.0.0.1:{lease.port}"
+    try:
+        await wait_until_up("server", process, f"{url}/model_info", 240)
+        result = push(changed, [url], 5, timeout_s=60)
+        assert result.servers == (url,)
+        process.kill()
+        assert push(changed, [url], 6, timeout_s=5).failed[0][0] == url
+    finally:
+        process.kill()
+        lease.release()
