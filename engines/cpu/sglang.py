@@ -47,6 +47,7 @@ def install() -> None:
         _install_torchvision(stub)
     if importlib.util.find_spec("sgl_kernel") is None:
         _install_sgl_kernel()
+    torch.cuda.synchronize = _nothing_to_wait_for  # the weight checker calls it on every device
 
 
 def fork_subprocesses() -> None:
@@ -65,6 +66,10 @@ def fork_subprocesses() -> None:
         multiprocessing.set_start_method("fork", force=True)
 
     engine._set_envs_and_config = configure_then_fork
+
+
+def _nothing_to_wait_for(device: object = None) -> None:
+    """A CPU has finished when a call returns."""
 
 
 def _load_stub() -> ModuleType:
