@@ -86,22 +86,35 @@ class Fleet:
             self.router.wait_until_up(START_TIMEOUT_S),
             *(self._bring_up(slot) for slot in self._slots),
         )
+        await asyncio.gather(*(self._register(slot) for slot in self._slots))
         for slot in self._slots:
             slot.watcher = asyncio.create_task(self._keep(slot))
 
-    async def servers(self) -> list[ServerInfo]:
-        """All servers; waits for one that is being started again. ServerError for one given up."""
-        return [await self._when_up(slot) for slot in self._slots]
+    async def servers(self, at_least: int = 1) -> list[ServerInfo]:
+        """The servers that are up; waits for ``at_least`` so many.
+
+        ServerError when one was given up.
+        """
+        while True:
+            self._check()
+            up = [slot.info for slot in self._slots if slot.info]
+            if len(up) >= at_least:
+                return up
+            await asyncio.sleep(POLL_S)
 
     @asynccontextmanager
     async def serving(self, version: int) -> AsyncIterator[None]:
-        """Within the context every server holds the weights of ``version``, replaced ones too."""
+        """Within the context every server that gets requests holds the weights of ``version``.
+
+        A server that is being started again does not delay it, and joins once it has them too.
+        """
         if self._version not in (None, version):
             raise ValueError(f"version {version} was asked for while {self._version} is served")
         self._version = version
         self._users += 1
         try:
-            await asyncio.gather(*(self._admit_when_up(slot) for slot in self._slots))
+            await asyncio.gather(*(self._admit_when_up(s) for s in self._slots if s.info))
+            await self.wait_ready()
             yield
         finally:
             self._users -= 1
@@ -111,12 +124,11 @@ class Fleet:
                     slot.admitted, slot.restarts = False, 0
 
     async def wait_ready(self) -> None:
-        """Wait until a server can answer; ServerError when none ever will."""
+        """Wait until a server can answer; ServerError when one was given up or the router ended."""
+        self._check()
         while not any(slot.admitted for slot in self._slots):
-            errors = [slot.error for slot in self._slots if slot.error]
-            if len(errors) == len(self._slots):
-                raise errors[0]
             await asyncio.sleep(POLL_S)
+            self._check()
 
     async def post(self, path: str, body: Mapping[str, Any]) -> None:
         """Send one control request to every server itself: the router does not pass these on."""
@@ -136,11 +148,19 @@ class Fleet:
         await self.router.stop()
         await self._session.close()
 
+    def _check(self) -> None:
+        self.router.check()
+        for slot in self._slots:
+            if slot.error:
+                raise slot.error
+
     async def _bring_up(self, slot: _Slot) -> None:
         if slot.actor is None:
             slot.actor = self._new_actor(slot.name)
         seed = self._seed * len(self._slots) + slot.index + 1
-        slot.info = await slot.actor.start.remote(self._model, self._sglang, seed, START_TIMEOUT_S)
+        info = await slot.actor.start.remote(self._model, self._sglang, seed, START_TIMEOUT_S)
+        await self._request("POST", f"{info.url}/freeze_gc")  # a full collection takes 0.3 s
+        slot.info = info
 
     def _new_actor(self, name: str) -> Any:
         gpus = gpus_per_server(self._sglang, self._device)
@@ -196,8 +216,7 @@ class Fleet:
 
     async def _when_up(self, slot: _Slot) -> ServerInfo:
         while slot.info is None:
-            if slot.error:
-                raise slot.error
+            self._check()
             await asyncio.sleep(POLL_S)
         return slot.info
 
@@ -218,9 +237,13 @@ class Fleet:
             if await self._held_version(info) != str(version):
                 await self._load(info, version)
             if not slot.registered:
-                await self.router.register(info.url, START_TIMEOUT_S)
-                slot.registered = True
+                await self._register(slot)
             slot.admitted = slot.info is info
+
+    async def _register(self, slot: _Slot) -> None:
+        assert slot.info is not None
+        await self.router.register(slot.info.url, START_TIMEOUT_S)
+        slot.registered = True
 
     async def _load(self, info: ServerInfo, version: int) -> None:
         held = await self._held_version(info)

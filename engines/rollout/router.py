@@ -36,6 +36,13 @@ class Router:
         """Leads the session of the router's processes."""
         return self._process.pid
 
+    def check(self) -> None:
+        """Raise ServerError when the router's process has ended."""
+        if (code := self._process.exit_code) is not None:
+            raise ServerError(
+                f"router ended with exit code {code}; {self._process.log}:\n{self._process.tail()}"
+            )
+
     async def wait_until_up(self, timeout_s: float) -> None:
         """Wait until the router answers; ServerError when it does not."""
         await wait_until_up("router", self._process, f"{self.url}/health", timeout_s)
@@ -69,10 +76,7 @@ class Router:
         return [w for w in answer["workers"] if w["url"].rstrip("/") == server_url]
 
     async def _request(self, method: str, path: str, json: object = None) -> Any:
-        if (code := self._process.exit_code) is not None:
-            raise ServerError(
-                f"router ended with exit code {code}; {self._process.log}:\n{self._process.tail()}"
-            )
+        self.check()
         async with self._session.request(method, self.url + path, json=json) as response:
             response.raise_for_status()
             return await response.json()

@@ -1,0 +1,101 @@
+"""What the tests and the actors under test share; both import this module by its bare name."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import ray
+
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.hooks import GenerateContext, GenerateEngine
+from rollflow.engines.rollout import single_turn
+from rollflow.engines.rollout.config import EvalConfig, RolloutConfig, SamplingConfig
+from rollflow.storage.config import DataConfig, StoreConfig
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import RunRef
+from rollflow.storage.samples import Prompt, Sample
+
+VICTIM = "ROLLFLOW_TEST_VICTIM"
+"""Environment variable: a file that holds the pid of a server which is to be killed."""
+KILL_AT_CALL = 12
+
+calls = 0
+
+
+def length(sample: Sample) -> float:
+    return float(len(sample.response_ids))
+
+
+async def generate_and_kill_a_server(
+    engine: GenerateEngine, prompt: Prompt, context: GenerateContext
+) -> Sample:
+    """As usual, but the 12th answer of a process kills a server while others still generate."""
+    global calls
+    sample = await single_turn.generate(engine, prompt, context)
+    calls += 1
+    victim = Path(os.environ[VICTIM])
+    if calls >= KILL_AT_CALL and victim.exists():
+        pid = int(victim.read_text())
+        victim.rename(victim.with_suffix(".done"))
+        for process in psutil.Process(pid).children():
+            process.kill()
+    return sample
+
+
+class StubTrainer:
+    """Answers like a trainer rank: its weights are those of a checkpoint folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.pushed: list[tuple[list[str], int]] = []
+
+    def push_weights(self, urls: list[str], version: int) -> None:
+        self.pushed.append((urls, version))
+        for url in urls:
+            body = {"model_path": self.folder, "weight_version": str(version), "flush_cache": True}
+            answer = httpx.post(f"{url}/update_weights_from_disk", json=body, timeout=60)
+            answer.raise_for_status()
+            assert answer.json()["success"]
+
+    def pushes(self) -> list[tuple[list[str], int]]:
+        return self.pushed
+
+
+class RolloutParts:
+    """The rollout engine under test and what the tests look at."""
+
+    def __init__(self, folder: Path, models: tuple[Path, Path], prompts: Path) -> None:
+        store = StoreConfig(url=str(folder / "store"))
+        self.models = models
+        self.store = Store(store)
+        self.run = RunRef("run", self.store.run_url("run"))
+        data = DataConfig(path=str(prompts))
+        greedy = SamplingConfig(temperature=0.0, max_new_tokens=4)
+        self.log_dir = folder / "logs"
+        self.arguments: list[Any] = [
+            self.run,
+            store,
+            ModelConfig(path=str(models[0])),
+            data,
+            RolloutConfig(
+                batch_size=8,
+                n_samples_per_prompt=4,
+                servers=2,
+                seed=3,
+                shard_groups=4,
+                reward="rollout_parts:length",
+                generate="rollout_parts:generate_and_kill_a_server",
+                sampling=SamplingConfig(max_new_tokens=400, ignore_eos=True),
+            ),
+            [EvalConfig(name="heldout", data=data, sampling=greedy)],
+            {},
+            {},
+            "cpu",
+            str(self.log_dir),
+        ]
+        self.manager: Any = None
+
+    def call(self, method: str, *args: object) -> Any:
+        return ray.get(getattr(self.manager, method).remote(*args), timeout=240)
