@@ -88,16 +88,21 @@ class FakeServer(ThreadingHTTPServer):
 class FakeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    @property
+    def fake(self):
+        assert isinstance(self.server, FakeServer)
+        return self.server
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/update_weights_from_tensor":
-            self.server.load(body)
+            self.fake.load(body)
             return self.answer({"success": True})
         assert (self.path, body) == ("/weights_checker", {"action": "checksum"})
-        return self.answer({"ranks": [{"checksums": self.server.checksums()}]})
+        return self.answer({"ranks": [{"checksums": self.fake.checksums()}]})
 
     def do_GET(self):
-        self.answer({"weight_version": self.server.version})
+        self.answer({"weight_version": self.fake.version})
 
     def answer(self, content):
         data = json.dumps(content).encode()
@@ -106,7 +111,7 @@ class FakeHandler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 

@@ -11,8 +11,8 @@ from rollflow.engines.megatron.attention import _attend_on_cpu, pack
 def one_by_one(q, k, v, lengths):
     outputs, start = [], 0
     for n in lengths:
-        part = (x[start : start + n].transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+        q1, k1, v1 = (x[start : start + n].transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
         start += n
     return torch.cat(outputs)
@@ -27,12 +27,15 @@ def test_packed_attention_equals_one_call_for_each_sequence(lengths, seed):
     ours = [torch.randn(s, requires_grad=True) for s in shapes]
     theirs = [x.detach().clone().requires_grad_() for x in ours]
     weight = torch.randn(total, 4, 8)
-    found = _attend_on_cpu(*ours, pack(lengths), None)
+    q, k, v = ours
+    found = _attend_on_cpu(q, k, v, pack(lengths), None)
     expected = one_by_one(*theirs, lengths)
     (found * weight).sum().backward()
     (expected * weight).sum().backward()
     assert torch.allclose(found, expected, atol=2e-6)
     for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
