@@ -29,7 +29,7 @@ def test_packed_attention_equals_one_call_for_each_sequence(lengths, seed):
     weight = torch.randn(total, 4, 8)
     q, k, v = ours
     found = _attend_on_cpu(q, k, v, pack(lengths), None)
-    expected = one_by_one(*theirs, lengths)
+    expected = one_by_one(theirs[0], theirs[1], theirs[2], lengths)
     (found * weight).sum().backward()
     (expected * weight).sum().backward()
     assert torch.allclose(found, expected, atol=2e-6)
