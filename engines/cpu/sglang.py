@@ -20,6 +20,7 @@ import importlib.util
 import multiprocessing
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,13 +32,14 @@ STAND_INS = {"0.5.17": "_triton_stub.py", "0.5.18": "_platform_stubs.py"}
 """SGLang version -> the file of its wheel with the stand-in for triton."""
 
 
+@cache
 def install() -> None:
     """Make ``import sglang`` work in this process; call it before that import.
 
     Does nothing on a machine with CUDA or when called again. Raises RuntimeError on a version of
     SGLang that this support was not tested with.
     """
-    if torch.cuda.is_available() or getattr(sys.modules.get("triton"), "_rollflow", False):
+    if torch.cuda.is_available():
         return
     stub = _load_stub()
     if importlib.util.find_spec("triton") is None:
@@ -118,7 +120,6 @@ def _install_triton(stub: ModuleType) -> None:
     triton = importlib.import_module("triton")
     triton.__dict__.update(
         __version__="3.0.0",
-        _rollflow=True,
         cdiv=stub._cdiv,
         next_power_of_2=stub._next_power_of_2,
         Config=stub._Config,

@@ -49,6 +49,7 @@ class Collector:
         self._shard_groups = shard_groups
         self._scoring: list[asyncio.Task[None]] = []
         self._finished: list[list[Sample]] = []
+        self._append: asyncio.Task[Part] | None = None
         self.generated = 0
         """Samples so far; the tally has those that are scored."""
         self.tally = Tally()
@@ -64,6 +65,9 @@ class Collector:
         except BaseExceptionGroup as errors:
             await self.cancel()
             raise _first(errors) from errors
+        except asyncio.CancelledError:
+            await self.cancel()
+            raise
         self.seconds["generate_s"] = time.monotonic() - started
 
     async def score(self) -> None:
@@ -80,10 +84,12 @@ class Collector:
         return self._writer.parts
 
     async def cancel(self) -> None:
-        """Stop scoring; the batch is given up."""
+        """Stop scoring and writing; when this returns, nothing more is written to the folder."""
         for task in self._scoring:
             task.cancel()
         await asyncio.gather(*self._scoring, return_exceptions=True)
+        if self._append is not None:
+            await asyncio.wait({self._append})
 
     async def _generate_group(self, group: Sequence[Episode]) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -116,7 +122,9 @@ class Collector:
                 return
             groups, self._finished = self._finished, []
             rows = [sample for group in groups for sample in group]
-            await asyncio.to_thread(self._writer.append, rows)
+            # A thread cannot be cancelled: it is waited for where the batch is given up.
+            self._append = asyncio.create_task(asyncio.to_thread(self._writer.append, rows))
+            await asyncio.shield(self._append)
 
 
 def _lost(episode: Episode, error: str) -> Sample:

@@ -43,10 +43,6 @@ class Grader:
             score_s=time.monotonic() - started,
         )
 
-    def close(self) -> None:
-        """Let the threads go; one that a reward function still holds is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     async def _call(self, sample: Sample) -> Reward:
         if is_async(self._function):
             return await cast(Awaitable[Reward], self._function(sample))

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,19 @@ from typing import Any
 import ray
 
 from rollflow.engines.config import ModelConfig
-from rollflow.engines.hooks import GenerateContext, load_hook
 from rollflow.engines.platform import Device
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.objects import Store
-from rollflow.storage.order import group_ids
-from rollflow.storage.prompts import PromptSet, load_prompts
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
 from rollflow.storage.samples import Prompt
 from rollflow.storage.shards import ShardWriter
 
-from .client import GenerateClient, sampling_params
-from .collector import Collector, Episode
-from .config import EvalConfig, RolloutConfig, SamplingConfig
-from .engine import RolloutEngine
+from .client import GenerateClient
+from .collector import Collector
+from .config import EvalConfig, RolloutConfig
+from .datasets import Dataset, eval_dataset, training_dataset
 from .fleet import Fleet
-from .grader import Grader
-from .seeds import sample_seed
-
-SINGLE_TURN = "rollflow.engines.rollout.single_turn:generate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +37,6 @@ class RolloutInfo:
     pids: list[int]
     """Session leaders of the servers, then of the router."""
     manager_pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Dataset:
-    """Prompts and how they are answered."""
-
-    prompts: PromptSet
-    engine: RolloutEngine
-    generate: str
-    grader: Grader
-    sampling: SamplingConfig
-    samples: int
-    """Episodes per prompt."""
 
 
 class RolloutManager:
@@ -89,8 +70,11 @@ class RolloutManager:
         self._log_dir = Path(log_dir)
         self._fleet: Fleet | None = None
         self._client: GenerateClient | None = None
-        self._datasets: dict[str, _Dataset] = {}
+        self._training: Dataset
+        self._eval_datasets: dict[str, Dataset] = {}
+        self._running: dict[tuple[str | None, int], asyncio.Task[Collector]] = {}
         self._collectors: dict[int, Collector] = {}
+        """Batches that are generated and not written yet, by step."""
 
     async def start(self) -> RolloutInfo:
         """Start servers and router and load prompts; ServerError or ValueError when that fails."""
@@ -137,12 +121,11 @@ class RolloutManager:
         Scoring goes on, and parts are written, while others still generate. Called again for a
         step that is not written yet, it starts the step anew.
         """
-        dataset = self._datasets[""]
         n, data = self._rollout.batch_size, self._data
-        prompts = dataset.prompts.draw(step, n, data.seed, data.shuffle)
+        prompts = self._training.prompts.draw(step, n, data.seed, data.shuffle)
         if step in self._collectors:
             await self._collectors.pop(step).cancel()
-        collector = await self._collect(dataset, prompts, step, policy_version, None)
+        collector = await self._collect(self._training, prompts, step, policy_version, None)
         self._collectors[step] = collector
         return GroupsRef(
             run=self._run,
@@ -175,13 +158,13 @@ class RolloutManager:
 
         An evaluation that is committed already is not done again.
         """
-        if name not in self._datasets or not name:
+        if name not in self._eval_datasets:
             known = ", ".join(e.name for e in self._evals) or "none"
             raise ValueError(f"evaluation dataset {name!r} is not in evals (known: {known})")
         done = await asyncio.to_thread(find_batch, self._store, self._run, step, name)
         if done is not None:
             return done
-        dataset = self._datasets[name]
+        dataset = self._eval_datasets[name]
         prompts = dataset.prompts.prompts
         collector = await self._collect(dataset, prompts, step, policy_version, name)
         await collector.score()
@@ -201,10 +184,10 @@ class RolloutManager:
 
     async def stop(self) -> None:
         """End servers and router."""
+        for task in self._running.values():
+            task.cancel()
         for collector in self._collectors.values():
             await collector.cancel()
-        for dataset in self._datasets.values():
-            dataset.grader.close()
         if self._client is not None:
             await self._client.close()
         if self._fleet is not None:
@@ -234,47 +217,38 @@ class RolloutManager:
         )
 
     def _load_datasets(self, tokenizer: Any) -> None:
-        rollout = self._rollout
-        self._datasets[""] = self._dataset(
-            tokenizer,
-            self._data,
-            rollout.generate,
-            rollout.reward,
-            rollout.sampling,
-            rollout.n_samples_per_prompt,
-        )
+        store, client, rollout = self._store, self._client, self._rollout
+        self._training = training_dataset(store, tokenizer, client, self._data, rollout)
         for config in self._evals:
-            self._datasets[config.name] = self._dataset(
-                tokenizer,
-                config.data,
-                config.generate,
-                config.reward or rollout.reward,
-                config.sampling,
-                config.n_samples_per_prompt,
-            )
-
-    def _dataset(
-        self,
-        tokenizer: Any,
-        data: DataConfig,
-        generate: str,
-        reward: str,
-        sampling: SamplingConfig,
-        samples: int,
-    ) -> _Dataset:
-        engine = RolloutEngine(tokenizer, data, self._client)
-        return _Dataset(
-            prompts=load_prompts(self._store, data, engine.reject),
-            engine=engine,
-            generate=generate or SINGLE_TURN,
-            grader=Grader(reward, self._rollout.reward_timeout_s),
-            sampling=sampling,
-            samples=samples,
-        )
+            dataset = eval_dataset(store, tokenizer, client, config, rollout)
+            self._eval_datasets[config.name] = dataset
 
     async def _collect(
         self,
-        dataset: _Dataset,
+        dataset: Dataset,
+        prompts: Sequence[Prompt],
+        step: int,
+        policy_version: int,
+        name: str | None,
+    ) -> Collector:
+        """Generate a batch; one of the same name that still runs is given up first."""
+        key = (name, step)
+        if (before := self._running.pop(key, None)) is not None:
+            before.cancel()
+            await asyncio.wait({before})
+        task = asyncio.create_task(
+            self._generate_batch(dataset, prompts, step, policy_version, name)
+        )
+        self._running[key] = task
+        try:
+            return await task
+        finally:
+            if self._running.get(key) is task:
+                del self._running[key]
+
+    async def _generate_batch(
+        self,
+        dataset: Dataset,
         prompts: Sequence[Prompt],
         step: int,
         policy_version: int,
@@ -283,47 +257,18 @@ class RolloutManager:
         folder = batch_folder(self._run, step, name)
         collector = Collector(
             dataset.engine,
-            load_hook(dataset.generate, "generate"),
+            dataset.generate,
             dataset.grader,
-            await asyncio.to_thread(ShardWriter, self._store, folder),
+            await asyncio.to_thread(ShardWriter, self._store, self._run, folder),
             self._rollout.concurrency,
             self._rollout.shard_groups,
         )
-        groups = self._episodes(dataset, prompts, step, policy_version)
-        if self._fleet is None:
-            await collector.generate(groups)
-        else:
-            async with self._fleet.serving(policy_version):
-                await collector.generate(groups)
-        return collector
-
-    def _episodes(
-        self, dataset: _Dataset, prompts: Sequence[Prompt], step: int, policy_version: int
-    ) -> list[list[Episode]]:
-        sampling = sampling_params(dataset.sampling)
         engine = f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
-        return [
-            [
-                Episode(
-                    prompt,
-                    GenerateContext(
-                        run=self._run.name,
-                        step=step,
-                        group_id=group_id,
-                        index=index,
-                        seed=sample_seed(self._rollout.seed, step, group_id, index),
-                        sampling=sampling,
-                        policy_version=policy_version,
-                        engine=engine,
-                        template=dataset.engine.template,
-                    ),
-                )
-                for index in range(dataset.samples)
-            ]
-            for prompt, group_id in zip(
-                prompts, group_ids(step, [p.prompt_id for p in prompts]), strict=True
-            )
-        ]
+        groups = dataset.episodes(prompts, self._run, step, policy_version, engine)
+        serving = self._fleet.serving(policy_version) if self._fleet else nullcontext()
+        async with serving:
+            await collector.generate(groups)
+        return collector
 
     async def _commit(self, collector: Collector, step: int, name: str | None) -> BatchRef:
         parts = await collector.write()
@@ -344,7 +289,7 @@ class RolloutManager:
         )
 
     def _epoch(self, step: int) -> int:
-        return self._datasets[""].prompts.epoch_of(step, self._rollout.batch_size)
+        return self._training.prompts.epoch_of(step, self._rollout.batch_size)
 
     def _collector(self, step: int) -> Collector:
         if step not in self._collectors:

@@ -7,8 +7,10 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import ray
 import torch
+from ray.exceptions import RayError
 from rollout_parts import RolloutParts, StubTrainer
 
 from rollflow.engines import cluster
@@ -76,6 +78,15 @@ def test_writing_a_written_step_again_gives_the_same_batch(rollout: RolloutParts
     groups = rollout.call("generate", 1, 0)
     first = rollout.call("write", rollout.call("score", groups))
     assert rollout.call("write", groups).digest == first.digest
+
+
+def test_generating_a_step_anew_gives_up_the_first_attempt(rollout: RolloutParts):
+    first = rollout.manager.generate.remote(4, 0)
+    second = rollout.call("generate", 4, 0)
+    batch = rollout.call("write", rollout.call("score", second))
+    assert len(read_batch(rollout.store, batch)) == 32
+    with pytest.raises(RayError):
+        ray.get(first, timeout=60)
 
 
 def test_an_evaluation_is_committed_once_and_covers_every_prompt(rollout: RolloutParts):
