@@ -21,7 +21,7 @@ app = App(
 )
 app.command(runs := App(name="runs", help="The runs in a store."))
 app.command(rollouts := App(name="rollouts", help="The samples that a run stored."))
-console = Console()
+console = Console(soft_wrap=True)
 
 Words = Annotated[
     str,
@@ -36,7 +36,7 @@ DEFAULT_STORE = ".rollflow/store"
 
 def main() -> None:
     """Entry point: run a command; a mistake is one message on stderr and exit status 1."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     sys.path.insert(0, str(Path.cwd()))  # hooks in the working folder can be imported
     try:
         app()

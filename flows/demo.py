@@ -69,7 +69,7 @@ def demo_facts(summary: RunSummary, seed: int, seconds_install: float, seconds_r
 
 def _print(config: RunConfig, facts: dict, ui: str, console: Console) -> None:
     split = "  ".join(f"{k} {v * 1e3:.0f}" for k, v in facts["iteration_split_s"].items())
-    console.rule("rollflow demo")
+    console.print("\nrollflow demo")
     console.print(
         f"Held-out exact match: {facts['exact_match_before']:.3f} after the warm-up, {facts['exact_match_after']:.3f} after GRPO"
     )

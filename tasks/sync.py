@@ -1,6 +1,6 @@
 """Bring the trainer's weights to the rollout servers."""
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines import cluster
@@ -12,6 +12,9 @@ from .engines import Engines
 async def sync_weights(engines: Engines, version: int) -> float:
     """Push the weights under ``version``; each server's checksum and version are compared.
 
+    A server that is dead or silent is left to the rollout engine, which replaces it and gives it
+    these weights before it serves again.
+
     Returns:
         Seconds that the push took; 0 where no server runs.
     """
@@ -21,4 +24,6 @@ async def sync_weights(engines: Engines, version: int) -> float:
     results = await cluster.call(
         engines.ranks, "push_weights", urls, version, timeout_s=engines.timeout_s
     )
+    for url, reason in results[0].failed:
+        get_run_logger().warning("%s did not take version %d: %s", url, version, reason)
     return results[0].seconds
