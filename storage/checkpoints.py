@@ -1,6 +1,7 @@
 """Checkpoints: folders of files that exist once their manifest does."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .integrity import ManifestError, Record, seal, unseal
+from .lease import check_fence
 from .objects import Store
 from .refs import CheckpointRef, RunRef
 from .shards import MANIFEST
@@ -20,33 +22,46 @@ class StoredFile:
     """One file of a checkpoint, e.g. ``StoredFile("hf/model.safetensors", 90112, "9f86d0...")``."""
 
     name: str
-    """Path inside the checkpoint's folder."""
+    """Path inside the folder of the checkpoint's files."""
     bytes: int
     sha256: str
 
 
-def checkpoint_folder(run: RunRef, step: int) -> str:
-    """Give the URL of the checkpoint taken after ``step`` was trained."""
+def checkpoint_url(run: RunRef, step: int) -> str:
+    """Give the URL of the checkpoint taken after ``step`` was trained: where its manifest stands."""
     return f"{run.url}/checkpoints/step-{step:06d}"
+
+
+def checkpoint_folder(run: RunRef, step: int) -> str:
+    """Give the URL of the folder for the checkpoint's files, one of the writer's epoch alone."""
+    return f"{checkpoint_url(run, step)}/epoch-{run.epoch:04d}"
 
 
 def prepare_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | None:
     """Make way for a checkpoint: one writer calls this before any file is stored.
 
-    Gives the ref where the step's checkpoint is committed already: then nothing may be written.
-    Otherwise deletes what an interrupted writer left there and gives None.
+    Gives the ref where the step's checkpoint is committed already, every byte of it verified: then
+    nothing may be written. Otherwise deletes what an interrupted writer of this epoch or an earlier
+    one left there, and a damaged checkpoint, and gives None. LeaseLostError where the epoch of
+    ``run`` is over.
     """
-    if standing := find_checkpoint(store, run, step):
-        return standing
-    folder = checkpoint_folder(run, step)
-    store.sweep(folder)
-    for url in store.list(folder):
-        store.delete(url)
+    check_fence(store, run)
+    url = checkpoint_url(run, step)
+    try:
+        if standing := find_checkpoint(store, run, step):
+            verify_checkpoint(store, standing)
+            return standing
+    except ManifestError:
+        store.delete(store.join(url, MANIFEST))
+    store.sweep(url)
+    for file in store.list(url):
+        if _epoch_of(file.removeprefix(url)) <= run.epoch:
+            store.delete(file)
     return None
 
 
 def store_files(store: Store, folder: str, source: Path, names: Sequence[str]) -> list[StoredFile]:
-    """Put files of the local folder ``source`` into a checkpoint's folder under the same names."""
+    """Put files of the local folder ``source`` into ``checkpoint_folder`` under the same names."""
     stored: list[StoredFile] = []
     for name in names:
         stored.append(StoredFile(name, *_local_checksum(source / name)))
@@ -62,35 +77,42 @@ def commit_checkpoint(
     files: Sequence[StoredFile],
     details: Mapping[str, Any] | None = None,
 ) -> CheckpointRef:
-    """Write the manifest of files that stand in the checkpoint's folder.
+    """Write the manifest of files that stand in ``checkpoint_folder``.
 
     ``details`` is any JSON object, kept for whoever restores it. Where the step's checkpoint is
     committed already it is given back, or refused by a ManifestError if its weights differ. A file
-    that is not in the store is a ManifestError too.
+    that is not in the store is a ManifestError too. LeaseLostError where the epoch of ``run`` is
+    over. Files that the manifest does not name are deleted once it stands.
     """
     folder = checkpoint_folder(run, step)
-    url = store.join(folder, MANIFEST)
+    url = store.join(checkpoint_url(run, step), MANIFEST)
     present = set(store.list(folder))
     if missing := [f.name for f in files if store.join(folder, f.name) not in present]:
         raise ManifestError(store.join(folder, missing[0]), "a file", "no such object")
     record: Record = {
         "format": FORMAT,
         "run": run.name,
+        "epoch": run.epoch,
         "step": step,
         "weights_digest": weights_digest,
+        "folder": folder.rpartition("/")[2],
         "files": [asdict(file) for file in sorted(files, key=lambda f: f.name)],
         "details": dict(details or {}),
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
+    check_fence(store, run)
+    ref = CheckpointRef(run, step, checkpoint_url(run, step), weights_digest)
     try:
         store.put_new(url, seal(record))
     except FileExistsError:
-        standing = read_checkpoint(store, folder)["weights_digest"]
+        standing = read_checkpoint(store, ref.url)["weights_digest"]
         if standing != weights_digest:
             raise ManifestError(
                 url, f"weights {standing}, as committed before", f"weights {weights_digest}"
             ) from None
-    return CheckpointRef(run, step, folder, weights_digest)
+    for stray in find_checkpoint_strays(store, ref):
+        store.delete(stray)
+    return ref
 
 
 def newest_checkpoint(store: Store, run: RunRef) -> CheckpointRef | None:
@@ -101,6 +123,24 @@ def newest_checkpoint(store: Store, run: RunRef) -> CheckpointRef | None:
     return None
 
 
+def newest_valid_checkpoint(
+    store: Store, run: RunRef
+) -> tuple[CheckpointRef | None, list[ManifestError]]:
+    """Give the newest checkpoint of which every byte is as written, and what was damaged before.
+
+    Every committed checkpoint that is newer and damaged has one error, which names the object.
+    """
+    damage: list[ManifestError] = []
+    for step in reversed(checkpoint_steps(store, run)):
+        try:
+            if ref := find_checkpoint(store, run, step):
+                verify_checkpoint(store, ref)
+                return ref, damage
+        except ManifestError as error:
+            damage.append(error)
+    return None, damage
+
+
 def list_checkpoints(store: Store, run: RunRef) -> list[CheckpointRef]:
     """Give all committed checkpoints in order of step."""
     found = (find_checkpoint(store, run, step) for step in checkpoint_steps(store, run))
@@ -109,12 +149,12 @@ def list_checkpoints(store: Store, run: RunRef) -> list[CheckpointRef]:
 
 def find_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | None:
     """Give the checkpoint of a step, or None where it is not committed."""
-    folder = checkpoint_folder(run, step)
+    url = checkpoint_url(run, step)
     try:
-        record = read_checkpoint(store, folder)
+        record = read_checkpoint(store, url)
     except FileNotFoundError:
         return None
-    return CheckpointRef(run, step, folder, record["weights_digest"])
+    return CheckpointRef(run, step, url, record["weights_digest"])
 
 
 def checkpoint_steps(store: Store, run: RunRef) -> list[int]:
@@ -123,12 +163,13 @@ def checkpoint_steps(store: Store, run: RunRef) -> list[int]:
     return sorted(int(n.removeprefix("step-")) for n in names if n.startswith("step-"))
 
 
-def read_checkpoint(store: Store, folder: str) -> Record:
-    """Read a checkpoint's manifest, verified; FileNotFoundError where it is not committed."""
-    url = store.join(folder, MANIFEST)
-    record = unseal(store.get(url), url, FORMAT)
-    if f"step-{record['step']:06d}" != store.join(folder).rpartition("/")[2]:
-        raise ManifestError(url, "the manifest of that step", f"step {record['step']}")
+def read_checkpoint(store: Store, url: str) -> Record:
+    """Read the manifest of the checkpoint at ``url``; FileNotFoundError where there is none."""
+    manifest = store.join(url, MANIFEST)
+    record = unseal(store.get(manifest), manifest, FORMAT)
+    place = f"runs/{record['run']}/checkpoints/step-{record['step']:06d}"
+    if not store.join(url).endswith(f"/{place}"):
+        raise ManifestError(manifest, "the manifest of that step", f"the one of {place}")
     return record
 
 
@@ -141,7 +182,7 @@ def verify_checkpoint(store: Store, ref: CheckpointRef) -> list[StoredFile]:
         )
     files = [StoredFile(**file) for file in record["files"]]
     for file in files:
-        url = store.join(ref.url, file.name)
+        url = store.join(files_folder(store, ref), file.name)
         try:
             _check(file, url, *store.checksum(url))
         except FileNotFoundError as error:
@@ -149,23 +190,48 @@ def verify_checkpoint(store: Store, ref: CheckpointRef) -> list[StoredFile]:
     return files
 
 
+def files_folder(store: Store, ref: CheckpointRef) -> str:
+    """Give the URL of the folder that holds a committed checkpoint's files."""
+    return store.join(ref.url, read_checkpoint(store, ref.url).get("folder", ""))
+
+
+def find_checkpoint_strays(store: Store, ref: CheckpointRef) -> list[str]:
+    """Give the URLs of objects of a committed checkpoint that its manifest does not name."""
+    folder = files_folder(store, ref)
+    files = read_checkpoint(store, ref.url)["files"]
+    named = {store.join(folder, file["name"]) for file in files}
+    named.add(store.join(ref.url, MANIFEST))
+    return [url for url in store.list(ref.url) if url not in named]
+
+
 def fetch_checkpoint(store: Store, ref: CheckpointRef, staging: Path) -> Path:
     """Give a local folder with the verified files: the store's own, or ``staging`` filled."""
     files = verify_checkpoint(store, ref)
-    if local := store.local_path(ref.url):
+    folder = files_folder(store, ref)
+    if local := store.local_path(folder):
         return local
     for file in files:
-        url, target = store.join(ref.url, file.name), staging / file.name
+        url, target = store.join(folder, file.name), staging / file.name
         store.get_file(url, target)
         _check(file, url, *_local_checksum(target))
     return staging
 
 
 def delete_checkpoint(store: Store, ref: CheckpointRef) -> None:
-    """Delete a checkpoint, its manifest first, so that half of one never exists."""
+    """Delete a checkpoint, its manifest first, so that half of one never exists.
+
+    LeaseLostError where the epoch of ``ref.run`` is over.
+    """
+    check_fence(store, ref.run)
     store.delete(store.join(ref.url, MANIFEST))
     for url in store.list(ref.url):
         store.delete(url)
+
+
+def _epoch_of(path: str) -> int:
+    """Give the epoch of a file's path below ``checkpoint_url``."""
+    found = re.match(r"/epoch-(\d+)/", path)
+    return int(found[1]) if found else 0
 
 
 def _local_checksum(file: Path) -> tuple[int, str]:

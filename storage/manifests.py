@@ -9,13 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 from .integrity import ManifestError, Record, pack_metrics, seal, sha256_hex, unpack_metrics, unseal
+from .lease import check_fence
 from .objects import Store
 from .refs import BatchRef, RunRef
 from .samples import Sample
 from .schema import SCHEMA, from_table
-from .shards import MANIFEST, Part, read_part
+from .shards import MANIFEST, PART_NAME, Part, read_part
 
 FORMAT = "rollflow.batch/1"
+ISSUED = "issued.json"
+"""Name of the object that says which groups a step was given; ``ledger.py`` writes it."""
 
 
 def batch_folder(run: RunRef, step: int, dataset: str | None = None) -> str:
@@ -41,8 +44,9 @@ def commit_batch(
 
     ``folder`` is ``batch_folder(run, step, dataset)``. ``policy_versions`` are all that occur in
     the parts; ``ledger`` is any JSON object. Committing the same parts again gives the ref that
-    stands; other parts under a committed manifest, a part that is missing and one that nobody
-    named are ManifestErrors.
+    stands; other parts under a committed manifest, a part that is missing and an object that does
+    not belong there are ManifestErrors. LeaseLostError where the epoch of ``run`` is over. Parts
+    that the manifest does not name are deleted once it stands.
     """
     folder = store.join(folder)
     if folder != (right := batch_folder(run, step, dataset)):
@@ -50,6 +54,7 @@ def commit_batch(
     record: Record = {
         "format": FORMAT,
         "run": run.name,
+        "epoch": run.epoch,
         "step": step,
         "dataset": dataset,
         "digest": parts_digest(parts),
@@ -63,7 +68,8 @@ def commit_batch(
     }
     url = store.join(folder, MANIFEST)
     if not store.exists(url):
-        _check_folder(store, folder, parts)
+        _check_folder(store, run, folder, parts)
+    check_fence(store, run)
     try:
         store.put_new(url, seal(record))
     except FileExistsError:
@@ -72,8 +78,10 @@ def commit_batch(
             raise ManifestError(
                 url, f"digest {record['digest']}", f"digest {standing['digest']}, committed before"
             ) from None
-        return _ref(run, folder, standing)
-    return _ref(run, folder, record)
+        record = standing
+    ref = _ref(run, folder, record)
+    clear_strays(store, ref)
+    return ref
 
 
 def find_batch(store: Store, run: RunRef, step: int, dataset: str | None = None) -> BatchRef | None:
@@ -120,6 +128,10 @@ def read_manifest(store: Store, folder: str) -> Record:
     manifest = unseal(store.get(url), url, FORMAT)
     if (found := parts_digest(manifest_parts(manifest))) != manifest["digest"]:
         raise ManifestError(url, f"digest {manifest['digest']}", f"digest {found} of its parts")
+    kind = "rollouts" if manifest["dataset"] is None else f"evals/{manifest['dataset']}"
+    place = f"runs/{manifest['run']}/{kind}/step-{manifest['step']:06d}"
+    if not store.join(folder).endswith(f"/{place}"):
+        raise ManifestError(url, "the manifest of that batch", f"the one of {place}")
     return manifest
 
 
@@ -131,11 +143,22 @@ def manifest_parts(manifest: Record) -> list[Part]:
 def find_strays(store: Store, ref: BatchRef) -> list[str]:
     """Give the URLs of objects in a committed folder that its manifest does not name.
 
-    They are never read; a late or second writer has left them.
+    They are never read; an interrupted, late or second writer has left them.
     """
-    named = {part.name for part in manifest_parts(read_manifest(store, ref.url))} | {MANIFEST}
-    known = {store.join(ref.url, name) for name in named}
+    named = {part.name for part in manifest_parts(read_manifest(store, ref.url))}
+    known = {store.join(ref.url, name) for name in named | {MANIFEST, ISSUED}}
     return [url for url in store.list(ref.url) if url not in known]
+
+
+def clear_strays(store: Store, ref: BatchRef) -> list[str]:
+    """Delete the parts in a committed folder that its manifest does not name; give their URLs.
+
+    A manifest never changes, so this is safe whoever does it and whenever.
+    """
+    strays = [u for u in find_strays(store, ref) if PART_NAME.fullmatch(u.rpartition("/")[2])]
+    for url in strays:
+        store.delete(url)
+    return strays
 
 
 def parts_digest(parts: Sequence[Part]) -> str:
@@ -143,17 +166,19 @@ def parts_digest(parts: Sequence[Part]) -> str:
     return sha256_hex("\n".join(f"{p.name} {p.rows} {p.bytes} {p.sha256}" for p in parts).encode())
 
 
-def _check_folder(store: Store, folder: str, parts: Sequence[Part]) -> None:
+def _check_folder(store: Store, run: RunRef, folder: str, parts: Sequence[Part]) -> None:
     expected = [part.name for part in parts]
     if len(set(expected)) != len(expected):
         raise ManifestError(folder, "each part once", f"{expected}")
     found = store.children(folder)
     if missing := sorted(set(expected) - set(found)):
         raise ManifestError(f"{folder}/{missing[0]}", "a part", "no such object")
-    if strays := sorted(set(found) - set(expected)):
-        raise ManifestError(
-            f"{folder}/{strays[0]}", "no part of that name", "one of another writer"
-        )
+    for name in sorted(set(found) - {*expected, ISSUED, MANIFEST}):
+        part = PART_NAME.fullmatch(name)
+        if part is None or int(part[1]) > run.epoch:
+            raise ManifestError(
+                f"{folder}/{name}", f"parts up to epoch {run.epoch}", "an object of somebody else"
+            )
 
 
 def _check_samples(table: pa.Table, manifest: Record, url: str) -> None:

@@ -20,6 +20,9 @@ T = TypeVar("T")
 Names = list[str]
 Blobs = list[bytes]
 
+NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without hard links answers."""
+
 _CHUNK_BYTES = 8 << 20
 _READERS = 16
 
@@ -79,10 +82,22 @@ class Store:
         """
         if self._local:
             return self._write(
-                "create", path, lambda p: _write_local(Path(p), _writes(data), _link)
+                "create", path, lambda p: _write_local(Path(p), _writes(data), _link_or_look)
             )
         if self.exists(path):
             raise FileExistsError(errno.EEXIST, "object exists already", self.join(path))
+        return self.put_if_absent(path, data)
+
+    def put_if_absent(self, path: str, data: bytes) -> str:
+        """Write an object on no other condition than the store's own; give its URL.
+
+        FileExistsError where the store refuses it. A store that ignores conditions writes it; a
+        disk without hard links raises OSError.
+        """
+        if self._local:
+            return self._write(
+                "create", path, lambda p: _write_local(Path(p), _writes(data), _link)
+            )
         try:
             return self._write("create", path, lambda p: self._fs.pipe_file(p, data, mode="create"))
         except OSError as error:  # a refused condition is EINVAL where the server does not name it
@@ -158,13 +173,17 @@ class Store:
 
         self._call("delete", path, remove)
 
+    def temporaries(self, prefix: str = "") -> Names:
+        """Give the URLs of the temporary files in a folder, at any depth: no objects yet."""
+        found = self._call("list", prefix, self._fs.find)
+        return sorted(self._url(p) for p in found if _is_temporary(p))
+
     def sweep(self, prefix: str = "") -> Names:
         """Delete the temporary files that killed writers left in a folder; give their URLs.
 
-        Only for the folder's one writer: it would take the file out of another writer's hands.
+        A writer that still lives, whose file it takes, writes it again.
         """
-        found = self._call("list", prefix, self._fs.find)
-        leftovers = sorted(self._url(p) for p in found if _is_temporary(p))
+        leftovers = self.temporaries(prefix)
         for url in leftovers:
             self.delete(url)
         return leftovers
@@ -255,21 +274,26 @@ def _write_local(
             fill(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        publish(temporary, path)
+        try:
+            publish(temporary, path)
+        except FileNotFoundError as error:  # swept away by another: a fault that passes
+            raise InterruptedError(errno.EINTR, f"{error}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Publish without replacing: a hard link fails where the name exists already.
+    """Publish without replacing: a hard link fails where the name exists already."""
+    path.hardlink_to(temporary)
 
-    On file systems without hard links a name is only refused when it is already visible.
-    """
+
+def _link_or_look(temporary: Path, path: Path) -> None:
+    """Publish by a hard link; where there are none a name is only refused when it is visible."""
     try:
-        path.hardlink_to(temporary)
+        _link(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in NO_HARD_LINKS:
             raise
         if path.exists():
             raise FileExistsError(errno.EEXIST, "object exists already", str(path)) from error

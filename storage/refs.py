@@ -10,6 +10,8 @@ class RunRef:
     name: str
     url: str
     """fsspec URL of the run's prefix, no slash at the end."""
+    epoch: int = field(default=0, compare=False)
+    """Fencing epoch of the writer, from ``Lease.run``; 0: no lease was ever taken."""
 
 
 @dataclass(frozen=True, slots=True)

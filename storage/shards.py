@@ -1,22 +1,30 @@
 """Parts of a batch: Arrow IPC files, written while generation still runs."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from .integrity import ManifestError, sha256_hex
+from .lease import check_fence
 from .objects import Store
+from .refs import RunRef
 from .samples import Sample
 from .schema import SCHEMA, check_schema, to_table
 
 MANIFEST = "manifest.json"
 """Name of the object that makes a folder exist."""
+PART_NAME = re.compile(r"part-(\d{4,})-(\d{5,})\.arrow")
+"""Names of parts: fencing epoch of the writer, then its number."""
+
+_SEAL = b"rollflow.sha256"
+_BLANK = b"0" * 64
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a batch, e.g. ``Part("part-00000.arrow", 128, 90112, "9f86d0...")``."""
+    """One file of a batch, e.g. ``Part("part-0007-00000.arrow", 128, 90112, "9f86d0...")``."""
 
     name: str
     rows: int
@@ -27,21 +35,22 @@ class Part:
 class ShardWriter:
     """Writes a batch's parts one after another into a folder that has no manifest yet.
 
-    What an earlier writer left there is deleted, except the parts given as ``keep``, after which
-    the new ones are numbered. ManifestError where the folder is committed already.
+    Parts are named by the writer's epoch and never replaced, and what other writers left there is
+    let alone: ``durable_groups`` finds what is good in it, and ``commit_batch`` clears it away.
+    ManifestError where the folder is committed already, LeaseLostError where the epoch is over.
     """
 
-    def __init__(self, store: Store, folder: str, keep: Sequence[Part] = ()) -> None:
+    def __init__(self, store: Store, run: RunRef, folder: str) -> None:
         self._store = store
+        self._run = run
         self.folder = store.join(folder)
-        self._parts = list(keep)
+        self._parts: list[Part] = []
+        check_fence(store, run)
         if store.exists(store.join(self.folder, MANIFEST)):
             raise ManifestError(self.folder, "no manifest", "a committed batch")
-        kept = {store.join(self.folder, part.name) for part in keep}
         store.sweep(self.folder)
-        for url in store.list(self.folder):
-            if url not in kept:
-                store.delete(url)
+        numbers = [n for epoch, n in map(_place, part_names(store, folder)) if epoch == run.epoch]
+        self._number = max(numbers, default=-1) + 1
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -49,12 +58,23 @@ class ShardWriter:
         return tuple(self._parts)
 
     def append(self, samples: Sequence[Sample]) -> Part:
-        """Write the samples as the next part; it is durable when this returns."""
+        """Write the samples as the next part; it is durable when this returns.
+
+        LeaseLostError where this writer's epoch is over.
+        """
         data = encode(to_table(samples))
-        name = f"part-{len(self._parts):05d}.arrow"
-        self._store.put_atomic(self._store.join(self.folder, name), data)
+        name = f"part-{self._run.epoch:04d}-{self._number:05d}.arrow"
+        url = self._store.join(self.folder, name)
+        check_fence(self._store, self._run)
+        try:
+            self._store.put_new(url, data)
+        except FileExistsError as error:
+            if self._store.get(url) != data:  # else only the answer to our put got lost
+                found = f"one of another writer of epoch {self._run.epoch}"
+                raise ManifestError(url, "no part of that name", found) from error
         part = Part(name, len(samples), len(data), sha256_hex(data))
         self._parts.append(part)
+        self._number += 1
         return part
 
 
@@ -75,26 +95,33 @@ def read_part(store: Store, folder: str, part: Part) -> pa.Table:
     return table
 
 
-def find_parts(store: Store, folder: str) -> list[Part]:
-    """Describe the parts that stand in a folder, committed or not, by reading them.
+def part_names(store: Store, folder: str) -> list[str]:
+    """Give the names of the parts that stand in a folder, committed or not, the oldest first."""
+    return sorted(filter(PART_NAME.fullmatch, store.children(folder)), key=_place)
 
-    Parts are written whole, so what an interrupted writer left is good to ``keep``.
-    """
-    parts: list[Part] = []
-    for name in store.children(folder):
-        if name.startswith("part-") and name.endswith(".arrow"):
-            url = store.join(folder, name)
-            data = store.get(url)
-            parts.append(Part(name, decode(data, url).num_rows, len(data), sha256_hex(data)))
-    return parts
+
+def read_loose_part(store: Store, folder: str, name: str) -> tuple[Part, pa.Table]:
+    """Read a part that no manifest speaks of, verified by its own seal; ManifestError names it."""
+    url = store.join(folder, name)
+    data = store.get(url)
+    table = decode(data, url)
+    if not _is_sealed(data):
+        raise ManifestError(url, "a part as it was sealed", "other bytes")
+    return Part(name, table.num_rows, len(data), sha256_hex(data)), table
 
 
 def encode(table: pa.Table) -> bytes:
-    """Give the table as an Arrow IPC file, zstd-compressed; equal tables give equal bytes."""
+    """Give the table as an Arrow IPC file, zstd-compressed; equal tables give equal bytes.
+
+    Its metadata hold a seal under ``rollflow.sha256``: the checksum of the file with zeros in place
+    of the seal, so that a part can be verified before a manifest names it.
+    """
+    schema = SCHEMA.with_metadata({**SCHEMA.metadata, _SEAL: _BLANK})
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
-        file.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()
+    with pa.ipc.new_file(sink, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
+        file.write_table(table.combine_chunks().replace_schema_metadata(schema.metadata))
+    data = sink.getvalue().to_pybytes()
+    return _reseal(data, _BLANK, sha256_hex(data).encode())
 
 
 def decode(data: bytes, name: str) -> pa.Table:
@@ -105,4 +132,25 @@ def decode(data: bytes, name: str) -> pa.Table:
         check_schema(table.schema)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise ManifestError(name, "an Arrow file of schema 1", str(error)) from error
-    return table
+    return table.replace_schema_metadata(SCHEMA.metadata)
+
+
+def _is_sealed(data: bytes) -> bool:
+    metadata = pa.ipc.open_file(pa.BufferReader(data)).schema.metadata
+    seal = metadata.get(_SEAL, b"")
+    return len(seal) == 64 and sha256_hex(_reseal(data, seal, _BLANK)).encode() == seal
+
+
+def _reseal(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Replace the seal where the schema stands: at the start of the file and in its footer."""
+    first, last = data.find(old), data.rfind(old)
+    if not 0 <= first < last:
+        return b""
+    size = len(old)
+    return b"".join((data[:first], new, data[first + size : last], new, data[last + size :]))
+
+
+def _place(name: str) -> tuple[int, int]:
+    found = PART_NAME.fullmatch(name)
+    assert found
+    return int(found[1]), int(found[2])

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .integrity import ManifestError, Record, pack_metrics, seal, unpack_metrics, unseal
+from .lease import check_fence
 from .objects import Store
 from .refs import RunRef, StepRef
 
@@ -24,6 +25,8 @@ class StepRecord:
     """State that the next step starts from."""
     committed_at: str
     """UTC, ISO 8601."""
+    epoch: int
+    """Fencing epoch of the writer."""
 
 
 def commit_step(
@@ -40,12 +43,13 @@ def commit_step(
 
     A step that is committed already with the same batch, weights, ledger and RNG gives the record
     that stands, with its own metrics (seconds differ when a step is done again). With others it is
-    a ManifestError that names what differs.
+    a ManifestError that names what differs. LeaseLostError where the epoch of ``run`` is over.
     """
     url = step_url(run, step)
     record: Record = {
         "format": FORMAT,
         "run": run.name,
+        "epoch": run.epoch,
         "step": step,
         "batch_digest": batch_digest,
         "weights_digest": weights_digest,
@@ -54,6 +58,7 @@ def commit_step(
         "rng": dict(rng or {}),
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
+    check_fence(store, run)
     try:
         store.put_new(url, seal(record))
     except FileExistsError:
@@ -102,8 +107,9 @@ def step_url(run: RunRef, step: int) -> str:
 
 
 def _record(run: RunRef, url: str, record: Record) -> StepRecord:
-    if f"step-{record['step']:06d}.json" != url.rpartition("/")[2]:
-        raise ManifestError(url, "the record of that step", f"step {record['step']}")
+    place = f"runs/{record['run']}/steps/step-{record['step']:06d}.json"
+    if not url.endswith(f"/{place}"):
+        raise ManifestError(url, "the record of that step", f"the one of {place}")
     ref = StepRef(
         run=run,
         step=record["step"],
@@ -112,4 +118,6 @@ def _record(run: RunRef, url: str, record: Record) -> StepRecord:
         weights_digest=record["weights_digest"],
         metrics=unpack_metrics(record["metrics"]),
     )
-    return StepRecord(ref, record["ledger"], record["rng"], record["committed_at"])
+    return StepRecord(
+        ref, record["ledger"], record["rng"], record["committed_at"], record.get("epoch", 0)
+    )

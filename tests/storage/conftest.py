@@ -33,7 +33,7 @@ def make_sample() -> Callable[..., Sample]:
 def committed(store, run) -> tuple[BatchRef, list[Sample]]:
     """A batch of three groups of two samples, in two parts, groups finished out of order."""
     samples = [build_sample(group, index) for group in (2, 0, 1) for index in (0, 1)]
-    writer = ShardWriter(store, batch_folder(run, 3))
+    writer = ShardWriter(store, run, batch_folder(run, 3))
     writer.append(samples[:2])
     writer.append(samples[2:])
     ref = commit_batch(

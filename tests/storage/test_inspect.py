@@ -28,7 +28,7 @@ def test_runs_are_listed_with_their_progress(store):
 
 def test_batches_are_listed_committed_or_not(store, run, committed):
     ref, _ = committed
-    ShardWriter(store, batch_folder(run, 4)).append([])
+    ShardWriter(store, run, batch_folder(run, 4)).append([])
     done, open_ = batch_rows(store, run)
     assert (done["step"], done["rows"], done["digest"]) == (3, 6, ref.digest)
     assert open_ == {"step": 4, "committed": False}
@@ -38,7 +38,7 @@ def test_batches_are_listed_committed_or_not(store, run, committed):
 
 def test_samples_of_the_newest_committed_step_are_shown(store, run, committed):
     ref, _ = committed
-    ShardWriter(store, batch_folder(run, 4)).append([])
+    ShardWriter(store, run, batch_folder(run, 4)).append([])
     assert batch_samples(store, run) == batch_samples(store, run, 3) == read_batch(store, ref)
 
 

@@ -12,7 +12,7 @@ from rollflow.storage.manifests import batch_folder, commit_batch, find_batch, r
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.samples import Sample, Status
-from rollflow.storage.shards import Part, ShardWriter, find_parts, read_part
+from rollflow.storage.shards import ShardWriter
 from rollflow.storage.steps import commit_step, last_step
 
 GROUPS = 4
@@ -66,15 +66,13 @@ def sample(group: int, index: int) -> Sample:
 EVERYTHING = [sample(group, index) for group in range(GROUPS) for index in range(2)]
 
 
-def iterate(store: Store, run: RunRef, order: list[int], keeps: bool) -> BatchRef:
+def iterate(store: Store, run: RunRef, order: list[int]) -> BatchRef:
     """One step as a flow does it: find the batch or make it, then the step's record."""
     batch = find_batch(store, run, 0)
     if batch is None:
         folder = batch_folder(run, 0)
-        kept = find_parts(store, folder) if keeps else []
-        writer = ShardWriter(store, folder, keep=kept)
-        done = {g for p in kept for g in groups_of(store, folder, p)}
-        for group in (g for g in order if g not in done):
+        writer = ShardWriter(store, run, folder)
+        for group in order:
             writer.append([sample(group, 0), sample(group, 1)])
         batch = commit_batch(
             store, run, folder, 0, writer.parts,
@@ -84,17 +82,12 @@ def iterate(store: Store, run: RunRef, order: list[int], keeps: bool) -> BatchRe
     return batch
 
 
-def groups_of(store: Store, folder: str, part: Part) -> set[int]:
-    return set(read_part(store, folder, part).column("source_row").to_pylist())
-
-
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.tuples(
             st.builds(Death, st.integers(0, GROUPS + 1), st.booleans()),
             st.permutations(range(GROUPS)),
-            st.booleans(),
         ),
         max_size=6,
     )
@@ -104,9 +97,9 @@ def test_a_reader_sees_the_whole_batch_or_none_and_a_committed_one_never_changes
     reader = Store(config)
     run = RunRef("r", reader.run_url("r"))
     seen: set[str] = set()
-    for death, order, keeps in [*lives, (None, range(GROUPS), True)]:
+    for death, order in [*lives, (None, range(GROUPS))]:
         with suppress(Killed):
-            iterate(MortalStore(config, death), run, list(order), keeps)
+            iterate(MortalStore(config, death), run, list(order))
         batch = find_batch(reader, run, 0)
         step = last_step(reader, run)
         if batch is not None:

@@ -139,7 +139,7 @@ class Run:
         self.ref = RunRef("r", self.store.run_url("r"))
 
     def commit(self, step: int, samples: list[Sample] | None = None) -> BatchRef:
-        writer = ShardWriter(self.store, batch_folder(self.ref, step))
+        writer = ShardWriter(self.store, self.ref, batch_folder(self.ref, step))
         writer.append(draw_samples(step) if samples is None else samples)
         return commit_batch(
             self.store,
