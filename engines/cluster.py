@@ -15,13 +15,15 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
 
 from .config import ClusterConfig
 from .platform import one_thread_env
 
 OBJECT_STORE_BYTES = 128 << 20
 """Batches travel through the run's store, so Ray's own object store can be small."""
+CULPRIT_S = 3.0
+"""After one actor failed: how long others may take to fail too, so that the first cause is named."""
 
 
 class DeadlineError(RuntimeError):
@@ -80,18 +82,16 @@ def disconnect(ref: ClusterRef) -> None:
         shutil.rmtree(ref.temp_dir, ignore_errors=True)
 
 
-def start_actor(
-    cls: type, name: str, *args: object, gpus: float = 0, **options: Any
-) -> ActorHandle:
+def start_actor(cls: type, name: str, *args: object, gpus: float = 0, **options: Any) -> None:
     """Create the named actor ``cls(*args)``; detached, it outlives the handle.
 
     CPU slots are not reserved: engines share the cores."""
     remote = ray.remote(num_cpus=0, num_gpus=gpus, **options)(cls)
-    return remote.options(name=name, lifetime="detached").remote(*args)
+    remote.options(name=name, lifetime="detached").remote(*args)
 
 
-def find_actor(name: str) -> ActorHandle:
-    """The live actor of that name in the run's namespace.
+def find_actor(name: str) -> Any:
+    """The Ray handle of the live actor of that name in the run's namespace.
 
     Raises:
         EngineDiedError: there is none.
@@ -120,9 +120,13 @@ async def call(
         done, late = await asyncio.wait(
             pending, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
         )
-        for future in done:
-            if error := future.exception():
-                raise _named(error, pending[future], method) from error
+        if any(future.exception() for future in done) and late:
+            # Ranks fail one another: wait a moment for the one whose process is gone.
+            more, late = await asyncio.wait(late, timeout=CULPRIT_S)
+            done |= more
+        errors = [(e, pending[f]) for f in done if (e := f.exception())]
+        for error, name in sorted(errors, key=lambda e: not isinstance(e[0], RayActorError)):
+            raise _named(error, name, method) from error
         if late:
             culprits = ", ".join(sorted(pending[f] for f in late))
             raise DeadlineError(f"waited {timeout_s:.0f} s for {method} of {culprits}: no answer")
@@ -137,9 +141,9 @@ async def _answer(reference: Any) -> Any:
 
 
 def _named(error: BaseException, name: str, method: str) -> BaseException:
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, RayActorError):
         return EngineDiedError(
             f"engine {name!r} died during {method}: {str(error).splitlines()[0]}"
         )

@@ -37,6 +37,11 @@ class ClusterConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Deadline for Ray and for each engine to come up."""
+    max_recoveries: int = Field(default=5, ge=0)
+    """Times in a row that a run goes on from its log after the loss of an engine, without having
+    committed a step in between."""
+    lease_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a run whose flow is silent may be taken over by another flow."""
 
 
 @cache

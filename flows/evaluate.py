@@ -1,5 +1,7 @@
 """Evaluation: of the weights in training, and of any checkpoint."""
 
+from dataclasses import replace
+
 from prefect import flow
 
 from rollflow.storage.refs import BatchRef, RunRef
@@ -7,6 +9,7 @@ from rollflow.tasks.checkpoint import checkpoint_weights
 from rollflow.tasks.engines import Engines, running_engines
 from rollflow.tasks.evaluate import evaluate_dataset, find_evaluation
 from rollflow.tasks.preflight import preflight
+from rollflow.tasks.recovery import only_writer
 
 from .config import RunConfig
 from .progress import Progress, RunSummary
@@ -26,7 +29,8 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
         model = config.model.model_copy(update={"path": weights.path, "random_weights": False})
         config = config.model_copy(update={"model": model})
     version = weights.step + 1 if weights else 0
-    with Progress(config, plan) as progress:
+    with Progress(config, plan) as progress, only_writer(config, plan.run) as lease:
+        plan = replace(plan, run=lease.run)
         async with running_engines(config, plan, train=False) as engines:
             await evaluate_weights(config, plan.run, engines, version, progress, always=True)
         return progress.summary("evaluated")

@@ -70,10 +70,6 @@ class Progress:
         self._bar = self._bars.add_task(
             config.name, total=config.steps, completed=plan.next_step, numbers=""
         )
-        if plan.skipped_rows:
-            self._bars.console.print(
-                f"{plan.skipped_rows} malformed rows of {config.data.path} are skipped"
-            )
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -44,8 +44,6 @@ class RunPlan:
     run: RunRef
     next_step: int
     checkpoint: CheckpointRef | None
-    prompts: int
-    skipped_rows: int
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -64,15 +62,18 @@ async def preflight(config: RunSettings) -> RunPlan:
     for dataset in config.evals:
         load_prompts(store, dataset.data)
     _check_enough("data", config.data, len(prompts.prompts), config.rollout.batch_size)
+    if prompts.skipped:
+        print(
+            f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped: {prompts.skipped[0]}"
+        )
     run = create_run(store, config.name, identity(config), versions(), code_revision())
-    checkpoint = newest_checkpoint(store, run)
-    return RunPlan(
-        run=run,
-        next_step=checkpoint.step + 1 if checkpoint else 0,
-        checkpoint=checkpoint,
-        prompts=len(prompts.prompts),
-        skipped_rows=len(prompts.skipped),
-    )
+    return find_plan(config, run)
+
+
+def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
+    """Where the run stands now: its newest checkpoint, and the step after it."""
+    checkpoint = newest_checkpoint(Store(config.store), run)
+    return RunPlan(run, checkpoint.step + 1 if checkpoint else 0, checkpoint)
 
 
 def identity(config: RunSettings) -> dict[str, Any]:

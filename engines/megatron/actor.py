@@ -13,6 +13,7 @@ from rollflow.engines.algorithms.config import AlgorithmConfig
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.weights import PushResult
 from rollflow.storage.config import StoreConfig
+from rollflow.storage.lease import check_fence
 from rollflow.storage.manifests import read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
@@ -110,6 +111,7 @@ class TrainerRank:
             ValueError: the batch is not of the step that comes next.
             GateError: a number that must hold does not.
             ManifestError: the store does not hold what was committed.
+            LeaseLostError: this rank belongs to a flow whose lease is over.
         """
         name = (batch.step, batch.digest)
         if self._trained is not None and self._trained[0] == name:
@@ -119,6 +121,7 @@ class TrainerRank:
                 f"batch of step {batch.step} for weights of version {self._version}; "
                 "train on the batches of a run in their order"
             )
+        check_fence(self._store, self._run)
         samples = read_batch(self._store, batch)
         metrics = self._rank_live.train(samples, batch.step)
         self._version = batch.step + 1
