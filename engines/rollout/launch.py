@@ -54,10 +54,12 @@ def main() -> int:
 def run_server(arguments: dict[str, Any]) -> None:
     """Run one SGLang HTTP server. ``arguments``: fields of its ServerArgs."""
     if ON_CPU:
+        from rollflow.engines.cpu import seeded_sampling
         from rollflow.engines.cpu import sglang as cpu_support
 
         cpu_support.install()
         cpu_support.fork_subprocesses()
+        seeded_sampling.install()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"

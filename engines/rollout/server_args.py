@@ -69,6 +69,7 @@ def _cpu_defaults(model: ModelConfig) -> dict[str, Any]:
     return {
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
+        "enable_deterministic_inference": True,  # else a request's seed is ignored
         "disable_cuda_graph": True,
         "sleep_on_idle": True,  # an idle scheduler would otherwise keep a core busy
         "skip_server_warmup": True,  # there is nothing to compile or capture

@@ -90,8 +90,7 @@ def rollout(
 ) -> RolloutParts:
     """A started engine of two servers; ends with Ray."""
     parts = RolloutParts(tmp_path_factory.mktemp("rollout"), models, prompts_file)
-    parts.manager = cluster.start_actor(
-        RolloutManager, "rollout", *parts.arguments, max_concurrency=64
-    )
+    cluster.start_actor(RolloutManager, "rollout", *parts.arguments, max_concurrency=64)
+    parts.manager = cluster.find_actor("rollout")
     parts.call("start")
     return parts

@@ -34,10 +34,11 @@ def logprob_gap(folder: Path, samples: list[Sample]) -> float:
     return max(gaps)
 
 
-def ask(url: str) -> dict[str, Any]:
+def ask(url: str, seed: int = 0) -> dict[str, Any]:
+    sampling = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
     body = {
         "input_ids": [4, 5, 12, 4, 6, 13],
-        "sampling_params": {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True},
+        "sampling_params": {**sampling, "sampling_seed": seed},
         "return_logprob": True,
     }
     return httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()
@@ -96,6 +97,13 @@ def test_an_evaluation_is_committed_once_and_covers_every_prompt(rollout: Rollou
     assert rollout.call("evaluate", "heldout", 0, 0).digest == first.digest
 
 
+def test_a_seed_gives_the_same_tokens_on_every_server(rollout: RolloutParts):
+    first, second = rollout.call("server_urls")
+    answers = [ask(first, 1), ask(second, 1), ask(first, 2)]
+    tokens = [a["output_ids"] for a in answers]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
 def test_servers_and_router_listen_on_loopback_only(rollout: RolloutParts):
     info = rollout.call("info")
     pids = set().union(*(session_of(pid) for pid in info.pids))
@@ -110,7 +118,8 @@ def test_servers_and_router_listen_on_loopback_only(rollout: RolloutParts):
 def test_a_killed_server_loses_no_sample_and_comes_back_with_the_right_weights(
     rollout: RolloutParts, ray_cluster: Path
 ):
-    trainer = cluster.start_actor(StubTrainer, "trainer-0", str(rollout.models[1]))
+    cluster.start_actor(StubTrainer, "trainer-0", str(rollout.models[1]))
+    trainer = cluster.find_actor("trainer-0")
     rollout.call("attach_trainer", ["trainer-0"], "rollout-tests")
     ray.get(trainer.push_weights.remote(rollout.call("server_urls"), 1))
     before = rollout.call("info")
