@@ -37,6 +37,12 @@ def checkpoint_folder(run: RunRef, step: int) -> str:
     return f"{checkpoint_url(run, step)}/epoch-{run.epoch:04d}"
 
 
+def file_epoch(run: RunRef, step: int, url: str) -> int | None:
+    """Give the epoch that a checkpoint's file was written in; None for what is no such file."""
+    found = re.match(r"/epoch-(\d+)/", url.removeprefix(checkpoint_url(run, step)))
+    return int(found[1]) if found else None
+
+
 def prepare_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | None:
     """Make way for a checkpoint: one writer calls this before any file is stored.
 
@@ -55,7 +61,7 @@ def prepare_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | 
         store.delete(store.join(url, MANIFEST))
     store.sweep(url)
     for file in store.list(url):
-        if _epoch_of(file.removeprefix(url)) <= run.epoch:
+        if (file_epoch(run, step, file) or 0) <= run.epoch:
             store.delete(file)
     return None
 
@@ -226,12 +232,6 @@ def delete_checkpoint(store: Store, ref: CheckpointRef) -> None:
     store.delete(store.join(ref.url, MANIFEST))
     for url in store.list(ref.url):
         store.delete(url)
-
-
-def _epoch_of(path: str) -> int:
-    """Give the epoch of a file's path below ``checkpoint_url``."""
-    found = re.match(r"/epoch-(\d+)/", path)
-    return int(found[1]) if found else 0
 
 
 def _local_checksum(file: Path) -> tuple[int, str]:

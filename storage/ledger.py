@@ -126,8 +126,8 @@ def durable_groups(store: Store, run: RunRef, step: int) -> Durable:
     ManifestError where the step is committed, or its issue is damaged.
     """
     folder = batch_folder(run, step)
-    if store.exists(store.join(folder, MANIFEST)):
-        raise ManifestError(folder, "no manifest", "a committed batch")
+    if store.exists(manifest := store.join(folder, MANIFEST)):
+        raise ManifestError(manifest, "no such object", "a committed batch")
     groups = read_issue(store, run, step).groups
     missing = {group.group_id: group for group in groups}
     issued = dict(missing)

@@ -99,6 +99,11 @@ def batch_steps(store: Store, run: RunRef, dataset: str | None = None) -> list[i
     return sorted(int(n.removeprefix("step-")) for n in names if n.startswith("step-"))
 
 
+def dataset_names(store: Store, run: RunRef) -> list[str]:
+    """Give the names of the datasets that the run was evaluated on."""
+    return store.children(f"{run.url}/evals")
+
+
 def read_batch(store: Store, ref: BatchRef) -> list[Sample]:
     """Read a batch, verified, ordered by group and index whatever order it was finished in."""
     return from_table(read_table(store, ref))
@@ -176,6 +181,7 @@ def _check_folder(store: Store, run: RunRef, folder: str, parts: Sequence[Part])
     for name in sorted(set(found) - {*expected, ISSUED, MANIFEST}):
         part = PART_NAME.fullmatch(name)
         if part is None or int(part[1]) > run.epoch:
+            check_fence(store, run)  # who is late shall hear that
             raise ManifestError(
                 f"{folder}/{name}", f"parts up to epoch {run.epoch}", "an object of somebody else"
             )

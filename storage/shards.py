@@ -46,8 +46,8 @@ class ShardWriter:
         self.folder = store.join(folder)
         self._parts: list[Part] = []
         check_fence(store, run)
-        if store.exists(store.join(self.folder, MANIFEST)):
-            raise ManifestError(self.folder, "no manifest", "a committed batch")
+        if store.exists(manifest := store.join(self.folder, MANIFEST)):
+            raise ManifestError(manifest, "no such object", "a committed batch")
         store.sweep(self.folder)
         numbers = [n for epoch, n in map(_place, part_names(store, folder)) if epoch == run.epoch]
         self._number = max(numbers, default=-1) + 1
