@@ -16,6 +16,8 @@ import sys
 import tempfile
 from typing import Any
 
+from rollflow.engines.rollout.scratch import scratch_folder
+
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 """SGLang's own switch, set by the owner. Processes that SGLang spawns inherit it, and import this
 module before any of SGLang's."""
@@ -33,7 +35,7 @@ def main() -> int:
     """Run what ``sys.argv[1]`` names until it ends or its owner does; gives its exit status."""
     run = {"server": run_server, "router": run_router}[sys.argv[1]]
     arguments = json.loads(_read_line())
-    temporary = tempfile.mkdtemp(prefix="rfs-")
+    temporary = str(scratch_folder())
     guard = os.getpid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     child = os.fork()

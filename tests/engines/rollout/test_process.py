@@ -1,8 +1,10 @@
 """Processes that end with their owner, and ports that two owners never share."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -10,6 +12,7 @@ import pytest
 
 from rollflow.engines.rollout.ports import PortLease
 from rollflow.engines.rollout.process import OwnedProcess
+from rollflow.engines.rollout.scratch import scratch_folder
 from rollflow.engines.rollout.server import ServerError, wait_until_up
 
 OWNER = """
@@ -55,6 +58,28 @@ async def test_a_process_that_does_not_answer_in_time_is_named(tmp_path: Path):
         await wait_until_up("router", process, "http://127.0.0.1:9/health", 0.01)
     process.kill()
     assert process.exit_code is not None
+
+
+def test_a_scratch_folder_is_swept_up_once_its_owner_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal; from rollflow.engines.rollout.scratch import scratch_folder;"
+        "print(scratch_folder(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    abandoned = Path(killed.stdout.strip())
+    assert abandoned.is_dir()
+    mine, other = scratch_folder(), scratch_folder()
+    assert not abandoned.exists()
+    assert mine.is_dir()
+    assert other.is_dir()
 
 
 def test_leases_held_at_once_differ_and_a_released_port_is_free_again():
