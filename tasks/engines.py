@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines import cluster
@@ -18,6 +18,7 @@ from .preflight import RunPlan
 from .settings import RunSettings
 
 MANAGER = "rollout"
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Engines:
     ranks: tuple[str, ...]
     """Trainer actors in the order of their ranks; empty where nothing is trained."""
     manager: str
+    """The rollout actor; empty where nothing is generated."""
     timeout_s: float
     """Deadline of one call."""
     has_servers: bool
@@ -35,16 +37,19 @@ class Engines:
 
 @asynccontextmanager
 async def running_engines(
-    config: RunSettings, plan: RunPlan, *, train: bool = True
+    config: RunSettings, plan: RunPlan, *, train: bool = True, rollout: bool = True
 ) -> AsyncIterator[Engines]:
-    """The engines, up and holding the same weights; stopped on the way out, whatever happened."""
+    """The engines, up and restored from the plan; stopped on the way out, whatever happened.
+
+    ``train`` and ``rollout`` tell which of the two sides are wanted.
+    """
     ref = cluster.connect(config.cluster, plan.run.name)
     engines = Engines(
         cluster=ref,
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
-        manager=MANAGER,
+        manager=MANAGER if rollout else "",
         timeout_s=config.trainer.step_timeout_s,
-        has_servers=config.rollout.servers > 0,
+        has_servers=rollout and config.rollout.servers > 0,
     )
     try:
         await start_engines(config, plan, engines)
@@ -58,7 +63,9 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
     """Start trainer and rollout side by side, restore the checkpoint, push its weights."""
     platform = detect(config.cluster.device)
     timeout_s = config.cluster.start_timeout_s
-    starts = [_start_rollout(config, plan, platform, timeout_s)]
+    starts = []
+    if engines.manager:
+        starts.append(_start_rollout(config, plan, platform, timeout_s))
     if engines.ranks:
         starts.append(_start_trainer(config, plan, engines, platform, timeout_s))
     await asyncio.gather(*starts)
@@ -76,20 +83,18 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
 async def stop_engines(engines: Engines) -> None:
     """End servers, router, actors and a private Ray. An engine that is gone already is fine."""
     try:
-        await cluster.call(engines.manager, "stop", timeout_s=60.0)
+        if engines.manager:
+            await cluster.call(engines.manager, "stop", timeout_s=STOP_TIMEOUT_S)
     except (cluster.EngineDiedError, cluster.DeadlineError) as error:
-        print(f"while stopping: {error}")
+        get_run_logger().warning("while stopping: %s", error)
     finally:
-        cluster.kill_actors([engines.manager, *engines.ranks])
+        cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
         cluster.disconnect(engines.cluster)
 
 
 async def _start_rollout(
     config: RunSettings, plan: RunPlan, platform: Platform, timeout_s: float
 ) -> None:
-    sglang = dict(config.sglang)
-    if config.model.random_weights:
-        sglang.setdefault("load_format", "dummy")
     cluster.start_actor(
         RolloutManager,
         MANAGER,
@@ -99,7 +104,7 @@ async def _start_rollout(
         config.data,
         config.rollout,
         list(config.evals),
-        sglang,
+        dict(config.sglang),
         dict(config.router),
         platform.device,
         str(log_folder(plan.run.name)),

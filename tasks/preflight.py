@@ -77,9 +77,15 @@ def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
 
 
 def identity(config: RunSettings) -> dict[str, Any]:
-    """The settings that decide what a step computes: those that a continued run must repeat."""
+    """The settings that decide what a step computes: those that a continued run must repeat.
+
+    ``steps`` is one of them where the learning rate decays until the last step.
+    """
     tree = config.model_dump(mode="json")
-    return {key: value for key, value in tree.items() if key not in MAY_CHANGE}
+    trainer = config.trainer
+    follows_steps = trainer.lr_decay_style != "constant" and not trainer.lr_decay_steps
+    free = [key for key in MAY_CHANGE if key != "steps" or not follows_steps]
+    return {key: value for key, value in tree.items() if key not in free}
 
 
 def versions() -> dict[str, str]:

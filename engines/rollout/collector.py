@@ -55,6 +55,12 @@ class Collector:
         self.tally = Tally()
         self.seconds = {"generate_s": 0.0, "score_s": 0.0, "write_s": 0.0}
 
+    def adopt(self, group: list[Sample]) -> None:
+        """Take a group that an earlier attempt finished and made durable, as it is."""
+        self.generated += len(group)
+        self.tally.add(group)
+        self._finished.append(group)
+
     async def generate(self, groups: Sequence[Sequence[Episode]]) -> None:
         """Generate every episode; scoring and writing of finished groups go on meanwhile."""
         started = time.monotonic()

@@ -28,6 +28,10 @@ class RolloutConfig(Config):
     n_samples_per_prompt: int = Field(default=8, gt=0)
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
+    deterministic: bool = False
+    """The same seed gives bit-equal tokens and log-probabilities again, whatever runs beside it. On
+    a CPU servers then answer one request at a time, which is several times slower; on a GPU SGLang
+    uses its batch-invariant kernels."""
     servers: int = Field(default=1, ge=0)
     """SGLang server processes behind the router; 0 where nothing is generated (supervised runs
     without evaluation)."""

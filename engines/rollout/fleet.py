@@ -21,7 +21,7 @@ from rollflow.engines.platform import Device
 from .config import RolloutConfig
 from .router import Router
 from .server import POLL_S, ServerActor, ServerError, ServerInfo
-from .server_args import gpus_per_server
+from .server_args import deterministic_arguments, gpus_per_server
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
 """Brings the weights of a version to the server at a URL."""
@@ -69,7 +69,8 @@ class Fleet:
         log_dir: Path,
     ) -> None:
         self._model = model
-        self._sglang = dict(sglang)
+        fixed = deterministic_arguments(device) if rollout.deterministic else {}
+        self._sglang = {**fixed, **sglang}
         self._device: Device = device
         self._log_dir = log_dir
         self._seed = rollout.seed

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import importlib.metadata
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -15,14 +16,15 @@ import ray
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import Device
 from rollflow.storage.config import DataConfig, StoreConfig
+from rollflow.storage.ledger import IssuedGroup, durable_groups, issue
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
-from rollflow.storage.samples import Prompt
+from rollflow.storage.samples import Prompt, Sample
 from rollflow.storage.shards import ShardWriter
 
 from .client import GenerateClient
-from .collector import Collector
+from .collector import Collector, Episode
 from .config import EvalConfig, RolloutConfig
 from .datasets import Dataset, eval_dataset, training_dataset
 from .fleet import Fleet
@@ -265,10 +267,42 @@ class RolloutManager:
         )
         engine = f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
         groups = dataset.episodes(prompts, self._run, step, policy_version, engine)
+        if name is None:
+            done = await asyncio.to_thread(self._durable, groups, step, policy_version)
+            for group in done.values():
+                collector.adopt(group)
+            groups = [group for group in groups if group[0].context.group_id not in done]
         serving = self._fleet.serving(policy_version) if self._fleet else nullcontext()
         async with serving:
             await collector.generate(groups)
         return collector
+
+    def _durable(
+        self, groups: Sequence[Sequence[Episode]], step: int, policy_version: int
+    ) -> dict[str, list[Sample]]:
+        """Issue the step's groups; the samples of those that an earlier attempt left whole."""
+        plan = [
+            IssuedGroup(
+                group_id=group[0].context.group_id,
+                prompt_id=group[0].prompt.prompt_id,
+                samples=len(group),
+                seeds=tuple(episode.context.seed for episode in group),
+            )
+            for group in groups
+        ]
+        standing = issue(self._store, self._run, step, plan, policy_version)
+        if list(standing.groups) != plan:
+            raise ValueError(
+                f"step {step} was issued with other prompts or seeds than its settings give now; "
+                f"has {self._data.path} changed since the run began?"
+            )
+        durable = durable_groups(self._store, self._run, step)
+        for damage in durable.skipped:
+            logging.getLogger("rollflow").warning("not taken, generated again: %s", damage)
+        found: dict[str, list[Sample]] = {}
+        for sample in durable.samples:
+            found.setdefault(sample.group_id, []).append(sample)
+        return found
 
     async def _commit(self, collector: Collector, step: int, name: str | None) -> BatchRef:
         parts = await collector.write()

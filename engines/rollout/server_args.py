@@ -40,6 +40,17 @@ def server_arguments(
     return {**defaults, **table, **owned}
 
 
+def deterministic_arguments(device: Device) -> dict[str, Any]:
+    """Arguments under which a request's tokens and log-probabilities are bit for bit the same again.
+
+    On a GPU these are SGLang's batch-invariant kernels. A CPU has none: one request at a time, and
+    no prefix shared with others, so that nothing depends on what else is in a batch.
+    """
+    if device == "cuda":
+        return {"enable_deterministic_inference": True}
+    return {"max_running_requests": 1, "disable_radix_cache": True}
+
+
 def router_arguments(
     table: Mapping[str, Any], *, port: int, metrics_port: int, timeout_s: float
 ) -> dict[str, Any]:

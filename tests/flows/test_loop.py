@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from rollflow.flows.recipes import arithmetic
-from rollflow.storage.checkpoints import newest_checkpoint
+from rollflow.storage.checkpoints import fetch_checkpoint, newest_checkpoint
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.manifests import find_batch, read_batch
 from rollflow.storage.objects import Store
@@ -129,7 +129,9 @@ def test_every_step_changes_the_weights(stored):
 
 def test_a_reward_of_ones_own_is_stored_with_its_named_parts(stored):
     store, run = stored
-    samples = read_batch(store, find_batch(store, run, 0))
+    batch = find_batch(store, run, 0)
+    assert batch is not None
+    samples = read_batch(store, batch)
     for sample in samples:
         assert sample.reward == sample.reward_parts["digit"]
         assert sample.reward_parts["length"] == len(sample.response_ids)
@@ -143,7 +145,8 @@ def test_the_last_step_leaves_a_checkpoint_that_hugging_face_can_load(stored):
     checkpoint = newest_checkpoint(store, run)
     assert checkpoint is not None
     assert checkpoint.step == 2
-    model = AutoModelForCausalLM.from_pretrained(Path(checkpoint.url) / "hf")
+    folder = fetch_checkpoint(store, checkpoint, Path("unused: the store is local"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     assert model.config.num_hidden_layers == 4
 
 
@@ -186,7 +189,9 @@ def test_a_finished_run_trains_nothing_and_says_so(folder):
 
 
 def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
-    assert "eval/heldout/reward" in rollflow(folder, "evaluate", "run.toml", "--steps", "4", "--step", "1")
+    assert "eval/heldout/reward" in rollflow(
+        folder, "evaluate", "run.toml", "--steps", "4", "--step", "1"
+    )
 
 
 def test_a_run_is_not_continued_with_other_settings(folder):
