@@ -37,18 +37,18 @@ def checkpoint_folder(run: RunRef, step: int) -> str:
     return f"{checkpoint_url(run, step)}/epoch-{run.epoch:04d}"
 
 
-def file_epoch(run: RunRef, step: int, url: str) -> int | None:
-    """Give the epoch that a checkpoint's file was written in; None for what is no such file."""
-    found = re.match(r"/epoch-(\d+)/", url.removeprefix(checkpoint_url(run, step)))
-    return int(found[1]) if found else None
+def is_checkpoint_file(run: RunRef, step: int, url: str) -> bool:
+    """Tell whether an object is where some epoch keeps the files of a checkpoint."""
+    return re.match(r"/epoch-\d+/", url.removeprefix(checkpoint_url(run, step))) is not None
 
 
 def prepare_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | None:
     """Make way for a checkpoint: one writer calls this before any file is stored.
 
     Gives the ref where the step's checkpoint is committed already, every byte of it verified: then
-    nothing may be written. Otherwise deletes what an interrupted writer of this epoch or an earlier
-    one left there, and a damaged checkpoint, and gives None. LeaseLostError where the epoch of
+    nothing may be written. Otherwise deletes what an interrupted writer of this epoch left, and the
+    manifest of a damaged checkpoint, and gives None. Files of other epochs stay until the commit:
+    until then their writer, if it only slept, may still finish. LeaseLostError where the epoch of
     ``run`` is over.
     """
     check_fence(store, run)
@@ -60,9 +60,8 @@ def prepare_checkpoint(store: Store, run: RunRef, step: int) -> CheckpointRef | 
     except ManifestError:
         store.delete(store.join(url, MANIFEST))
     store.sweep(url)
-    for file in store.list(url):
-        if (file_epoch(run, step, file) or 0) <= run.epoch:
-            store.delete(file)
+    for file in store.list(checkpoint_folder(run, step)):
+        store.delete(file)
     return None
 
 

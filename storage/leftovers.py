@@ -1,13 +1,13 @@
-"""What interrupted and late writers left in a run: never read, named by no record, safe to delete."""
+"""What interrupted and late writers left in a run: never read and named by no record."""
 
 from dataclasses import dataclass
 
 from .checkpoints import (
     checkpoint_steps,
     checkpoint_url,
-    file_epoch,
     find_checkpoint,
     find_checkpoint_strays,
+    is_checkpoint_file,
 )
 from .integrity import ManifestError
 from .lease import check_fence
@@ -23,6 +23,8 @@ class Leftover:
 
     url: str
     reason: str
+    is_final: bool = True
+    """Whether no writer, however late, can make it count any more: only then it may be deleted."""
 
 
 def find_leftovers(store: Store, run: RunRef) -> list[Leftover]:
@@ -41,12 +43,14 @@ def find_leftovers(store: Store, run: RunRef) -> list[Leftover]:
 
 
 def clear_leftovers(store: Store, run: RunRef) -> list[Leftover]:
-    """Delete the leftovers of a run and say which; for whoever has just taken its lease.
+    """Delete the final leftovers of a run and say which; for whoever has just taken its lease.
 
-    LeaseLostError where the epoch of ``run`` is over.
+    The files of an unfinished checkpoint stay until the checkpoint of that step is committed: a
+    writer that sleeps right before its commit may still finish it. LeaseLostError where the epoch
+    of ``run`` is over.
     """
     check_fence(store, run)
-    leftovers = find_leftovers(store, run)
+    leftovers = [leftover for leftover in find_leftovers(store, run) if leftover.is_final]
     for leftover in leftovers:
         store.delete(leftover.url)
     return leftovers
@@ -72,4 +76,5 @@ def _of_checkpoint(store: Store, run: RunRef, step: int) -> list[Leftover]:
     reason = "file that the checkpoint's manifest does not name"
     if ref is None:
         strays, reason = store.list(checkpoint_url(run, step)), "file of an unfinished checkpoint"
-    return [Leftover(url, reason) for url in strays if file_epoch(run, step, url) is not None]
+    files = [url for url in strays if is_checkpoint_file(run, step, url)]
+    return [Leftover(url, reason, is_final=ref is not None) for url in files]
