@@ -92,6 +92,7 @@ def commit_checkpoint(
     folder = checkpoint_folder(run, step)
     url = store.join(checkpoint_url(run, step), MANIFEST)
     present = set(store.list(folder))
+    check_fence(store, run)
     if missing := [f.name for f in files if store.join(folder, f.name) not in present]:
         raise ManifestError(store.join(folder, missing[0]), "a file", "no such object")
     record: Record = {
@@ -105,7 +106,6 @@ def commit_checkpoint(
         "details": dict(details or {}),
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    check_fence(store, run)
     ref = CheckpointRef(run, step, checkpoint_url(run, step), weights_digest)
     try:
         store.put_new(url, seal(record))

@@ -67,9 +67,10 @@ def commit_batch(
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     url = store.join(folder, MANIFEST)
-    if not store.exists(url):
-        _check_folder(store, run, folder, parts)
-    check_fence(store, run)
+    problem = None if store.exists(url) else _folder_problem(store, run, folder, parts)
+    check_fence(store, run)  # who is late shall hear that, whatever else is wrong by now
+    if problem:
+        raise problem
     try:
         store.put_new(url, seal(record))
     except FileExistsError:
@@ -171,20 +172,21 @@ def parts_digest(parts: Sequence[Part]) -> str:
     return sha256_hex("\n".join(f"{p.name} {p.rows} {p.bytes} {p.sha256}" for p in parts).encode())
 
 
-def _check_folder(store: Store, run: RunRef, folder: str, parts: Sequence[Part]) -> None:
+def _folder_problem(
+    store: Store, run: RunRef, folder: str, parts: Sequence[Part]
+) -> ManifestError | None:
     expected = [part.name for part in parts]
     if len(set(expected)) != len(expected):
-        raise ManifestError(folder, "each part once", f"{expected}")
+        return ManifestError(folder, "each part once", f"{expected}")
     found = store.children(folder)
     if missing := sorted(set(expected) - set(found)):
-        raise ManifestError(f"{folder}/{missing[0]}", "a part", "no such object")
+        return ManifestError(f"{folder}/{missing[0]}", "a part", "no such object")
     for name in sorted(set(found) - {*expected, ISSUED, MANIFEST}):
         part = PART_NAME.fullmatch(name)
         if part is None or int(part[1]) > run.epoch:
-            check_fence(store, run)  # who is late shall hear that
-            raise ManifestError(
-                f"{folder}/{name}", f"parts up to epoch {run.epoch}", "an object of somebody else"
-            )
+            allowed = f"parts up to epoch {run.epoch}"
+            return ManifestError(f"{folder}/{name}", allowed, "an object of somebody else")
+    return None
 
 
 def _check_samples(table: pa.Table, manifest: Record, url: str) -> None:

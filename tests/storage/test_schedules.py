@@ -200,7 +200,7 @@ SCHEDULES = st.lists(
     st.tuples(st.booleans(), st.integers(1, 25)), max_size=12
 )  # who runs next, and for how many operations
 DEATHS = st.dictionaries(
-    st.booleans(), st.tuples(st.integers(0, 110), st.sampled_from(["before", "after"]))
+    st.booleans(), st.tuples(st.integers(0, 75), st.sampled_from(["before", "after"]))
 )
 
 
