@@ -18,6 +18,10 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import read_run
+
 from .config import RunConfig
 
 PASSED_THROUGH = ("sglang", "router", "megatron")
@@ -48,6 +52,13 @@ def build_config(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines = [_explain(dict(e)) for e in error.errors()]
         raise ValueError("\n".join(lines)) from error
+
+
+def stored_settings(store_url: str, run: str) -> dict[str, Any]:
+    """The settings that a run in a store was created with."""
+    store = StoreConfig(url=store_url)
+    record = read_run(Store(store), run)
+    return {**record.free, **record.config, "store": store.model_dump()}
 
 
 def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -115,6 +115,50 @@ def bench(steps: int = 30, output: Path = Path(".rollflow/bench.json")) -> None:
 
 
 @app.command
+def resume(run: str, *words: Words, store: StoreUrl = DEFAULT_STORE) -> None:
+    """Continue a run from its log, with the settings that it was started with.
+
+    Parameters
+    ----------
+    run: name of the run.
+    """
+    from .arguments import build_config, overlay, stored_settings
+
+    config = build_config(overlay(stored_settings(store, run), words))
+    ui = server.use_server()
+    from .train import train as train_flow
+
+    _print_summary(config, asyncio.run(train_flow(config)), ui)
+
+
+@app.command
+def audit(run: str, store: StoreUrl = DEFAULT_STORE, recompute: bool = False) -> None:
+    """Verify a run: every checksum, every sample trained on once, policy versions in order.
+
+    Parameters
+    ----------
+    run: name of the run.
+    recompute: also train every stored batch again and compare all weights, bit for bit.
+    """
+    from .audit import audit_stored, recompute_stored
+
+    findings = audit_stored(store, run, console)
+    if recompute:
+        server.use_server()
+        findings += asyncio.run(recompute_stored(store, run, console))
+    if findings:
+        sys.exit(1)
+
+
+@app.command
+def status() -> None:
+    """Show what the runs of this folder are doing."""
+    from .show import print_status
+
+    print_status(console)
+
+
+@app.command
 def up() -> None:
     """Start the local Prefect server, unless one runs or PREFECT_API_URL names another."""
     console.print(f"Prefect UI: {server.use_server()}")

@@ -18,7 +18,7 @@ async def iteration(
     config: RunConfig, run: RunRef, engines: Engines, step: int, progress: Progress
 ) -> None:
     """Train step ``step``: on the batch that the log holds, or on a new one."""
-    progress.begin()
+    progress.begin(step)
     time = progress.time
     batch = await time("find", find_batch(config.store, run, step))
     if batch is None:  # what is in the log is never generated again

@@ -18,6 +18,7 @@ from rollflow.tasks.preflight import RunPlan
 from rollflow.tasks.report import Board, Curve, write_picture
 
 from .config import RunConfig
+from .status import write_status
 
 T = TypeVar("T")
 ENGINE_SECONDS = {
@@ -54,6 +55,7 @@ class Progress:
     def __init__(self, config: RunConfig, plan: RunPlan) -> None:
         self._config, self._run = config, plan.run
         self.board = Board(Path(".rollflow/tensorboard").resolve() / config.name)
+        self._step = plan.next_step
         self._evaluations: dict[int, dict[str, float]] = {}
         self._splits: list[dict[str, float]] = []
         self._phases: dict[str, float] = {}
@@ -73,6 +75,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._bars.start()
+        self._show("start engines")
         return self
 
     def __exit__(
@@ -81,22 +84,28 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._show("ended" if error is None else f"failed: {error}")
         self._bars.stop()
         self.board.close()
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """Start the clock of a step."""
-        self._phases = {}
+        self._step, self._phases = step, {}
         self._step_started = time.perf_counter()
 
     async def time(self, phase: str, work: Awaitable[T]) -> T:
         """Await ``work`` and count its seconds to ``phase`` of the current step."""
-        self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
+        self._show(phase)
         started = time.perf_counter()
         try:
             return await work
         finally:
             self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
+
+    def _show(self, phase: str) -> None:
+        """Tell the person before the screen, and whoever reads the status file."""
+        self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
+        write_status(self._config.name, self._step, phase)
 
     def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
         """Close the step's clock; returns its metrics with the split of its seconds."""

@@ -1,5 +1,7 @@
 """Tables for people: runs, batches, samples."""
 
+import time
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,6 +11,8 @@ from rollflow.storage.inspect import batch_rows, batch_samples, run_rows
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
 from rollflow.storage.samples import Sample
+
+from .status import read_statuses
 
 BATCH_METRICS = (
     "rollout/reward",
@@ -130,3 +134,17 @@ def _versions(sample: Sample) -> str:
 def _short(text: str, length: int = 60) -> str:
     flat = text.replace("\n", "⏎")
     return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+
+
+def print_status(console: Console) -> None:
+    """What the flows of this folder are doing, by their status files."""
+    table = Table("run", "step", "phase", "for", "process", box=None)
+    for status in read_statuses():
+        table.add_row(
+            status.run,
+            str(status.step),
+            Text(status.phase),
+            f"{time.time() - status.since:.0f} s",
+            str(status.pid) if status.alive else "gone",
+        )
+    console.print(table)

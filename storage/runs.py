@@ -20,8 +20,10 @@ class RunRecord:
 
     ref: RunRef
     config: dict[str, Any]
-    """The resolved config, as JSON."""
+    """The resolved settings that decide what a step computes, as JSON."""
     config_digest: str
+    free: dict[str, Any]
+    """The other settings, as the run was created with; a continued run may have others."""
     versions: dict[str, str]
     """Version by package."""
     code_revision: str
@@ -55,10 +57,11 @@ def create_run(
     config: Mapping[str, Any],
     versions: Mapping[str, str],
     code_revision: str,
+    free: Mapping[str, Any] | None = None,
 ) -> RunRef:
     """Create the run, or open it where one of that name and config exists already.
 
-    ``config`` is the resolved config as JSON. ValueError for a bad name, ``ConfigMismatch`` (with
+    ``config`` is the resolved config as JSON, ``free`` what of it may differ later. ValueError for a bad name, ``ConfigMismatch`` (with
     the keys that differ) where the run exists with another config.
     """
     ref = run_ref(store, name)
@@ -67,6 +70,7 @@ def create_run(
         "name": name,
         "config": dict(config),
         "config_digest": json_digest(exact_json(dict(config), "config")),
+        "free": exact_json(dict(free or {}), "free"),
         "versions": dict(versions),
         "code_revision": code_revision,
         "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -101,6 +105,7 @@ def read_run(store: Store, name: str) -> RunRecord:
         ref=ref,
         config=record["config"],
         config_digest=record["config_digest"],
+        free=record["free"],
         versions=record["versions"],
         code_revision=record["code_revision"],
         created_at=record["created_at"],

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
-from rollflow.storage.checkpoints import newest_checkpoint
+from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.prompts import load_prompts
@@ -66,13 +66,20 @@ async def preflight(config: RunSettings) -> RunPlan:
         print(
             f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped: {prompts.skipped[0]}"
         )
-    run = create_run(store, config.name, identity(config), versions(), code_revision())
+    decides = identity(config)
+    rest = {k: v for k, v in config.model_dump(mode="json").items() if k not in decides}
+    run = create_run(store, config.name, decides, versions(), code_revision(), rest)
     return find_plan(config, run)
 
 
 def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
-    """Where the run stands now: its newest checkpoint, and the step after it."""
-    checkpoint = newest_checkpoint(Store(config.store), run)
+    """Where the run stands now: its newest checkpoint that is whole, and the step after it.
+
+    Damaged checkpoints are named; the batches since the one taken are in the log.
+    """
+    checkpoint, damaged = newest_valid_checkpoint(Store(config.store), run)
+    for error in damaged:
+        print(f"{config.name}: a checkpoint is not used: {error}")
     return RunPlan(run, checkpoint.step + 1 if checkpoint else 0, checkpoint)
 
 

@@ -56,7 +56,7 @@ def read_log(store: StoreConfig, name: str) -> Log:
     run = read_run(opened, name)
     checkpoints = {c.step: c for c in list_checkpoints(opened, run.ref)}
     records = read_steps(opened, run.ref)
-    settings = {**run.config, "steps": max(1, len(records)), "store": store.model_dump()}
+    settings = {**run.free, **run.config, "store": store.model_dump()}
     return Log(settings, [_entry(opened, run.ref, r, checkpoints.get(r.step)) for r in records])
 
 

@@ -13,6 +13,7 @@ from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.rollout.server import ServerError
 from rollflow.storage import lease as leases
 from rollflow.storage.lease import Lease
+from rollflow.storage.leftovers import clear_leftovers
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.steps import last_step
@@ -52,6 +53,7 @@ async def from_the_log(
     """
     store, failures, reached = Store(config.store), 0, -1
     while True:
+        await asyncio.to_thread(clear_leftovers, store, lease.run)
         plan = await asyncio.to_thread(find_plan, config, lease.run)
         try:
             return await work(plan)

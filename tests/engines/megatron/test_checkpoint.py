@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rollflow.engines.megatron.config import TrainerConfig
 from rollflow.engines.weights import weights_digest
+from rollflow.storage.checkpoints import files_folder
 from rollflow.storage.integrity import ManifestError
 
 
@@ -43,7 +44,7 @@ def test_the_hugging_face_folder_holds_the_weights_and_what_stood_beside_them(
         result = rank.train(run.commit(0))
         checkpoint = rank.save(0)
         assert rank.save(0) == checkpoint
-    folder = Path(checkpoint.url) / "hf"
+    folder = Path(files_folder(run.store, checkpoint)) / "hf"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert weights_digest(model.state_dict().items()) == result.weights_digest
     kept = (folder / "generation_config.json").read_bytes()
@@ -54,7 +55,7 @@ def test_a_damaged_checkpoint_is_not_loaded(one_rank, run):
     with one_rank() as rank:
         rank.train(run.commit(0))
         checkpoint = rank.save(0, hf=False)
-        shard = Path(checkpoint.url) / "torch_dist" / "__0_0.distcp"
+        shard = Path(files_folder(run.store, checkpoint)) / "torch_dist" / "__0_0.distcp"
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)

@@ -6,12 +6,13 @@ from safetensors.torch import load_file
 
 from rollflow.engines.algorithms.config import GrpoConfig
 from rollflow.engines.megatron.config import TrainerConfig
+from rollflow.storage.checkpoints import files_folder
 
 SAME = ("train/loss", "train/grad_norm", "train/entropy", "train/kl", "train/tokens", "mismatch/kl")
 
 
-def weights_of(checkpoint):
-    return load_file(f"{checkpoint.url}/hf/model.safetensors")
+def weights_of(run, checkpoint):
+    return load_file(f"{files_folder(run.store, checkpoint)}/hf/model.safetensors")
 
 
 def test_two_ranks_train_as_one_and_their_checkpoint_continues_on_one(one_rank, many_ranks, run):
@@ -42,4 +43,4 @@ def test_two_ranks_train_as_one_and_their_checkpoint_continues_on_one(one_rank, 
     assert resumed.metrics["train/grad_norm"] == pytest.approx(
         third.metrics["train/grad_norm"], abs=1e-5
     )
-    assert all(torch.isfinite(w).all() for w in weights_of(saved).values())
+    assert all(torch.isfinite(w).all() for w in weights_of(run, saved).values())
