@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check chaos bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +34,9 @@ check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the 
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
+
+chaos: $(INSTALLED)     ## Kill processes of a training 72 times and judge each recovery (about an hour)
+	@$(BIN)/python -m tests.chaos.run
 
 bench: $(INSTALLED)     ## Print where an iteration's time goes
 	@$(BIN)/rollflow bench

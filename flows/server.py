@@ -11,16 +11,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+from filelock import FileLock
 
 HOME = Path(".rollflow/prefect")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
+KEEP_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +51,9 @@ def use_server() -> str:
     """Point this process at a Prefect server, starting the local one if need be; returns its UI URL."""
     if api := os.environ.get("PREFECT_API_URL"):
         return api.removesuffix("/api")
-    server = running() or _start()
+    server = _ensure()
     os.environ.update(_settings(), PREFECT_API_URL=server.api_url)
+    threading.Thread(target=_keep, name="prefect server", daemon=True).start()
     return server.url
 
 
@@ -73,14 +77,26 @@ def stop() -> bool:
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for left in alive:
         left.kill()
-    _record().unlink(missing_ok=True)
     return True
+
+
+def _keep() -> None:
+    """Start the server again, at the same address, whenever it has died."""
+    while True:
+        time.sleep(KEEP_EVERY_S)
+        _ensure()
+
+
+def _ensure() -> LocalServer:
+    """The server, started if it does not run; flows that ask at once share one."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    with FileLock(HOME / "server.lock", timeout=START_TIMEOUT_S):
+        return running() or _start()
 
 
 def _start() -> LocalServer:
     home = HOME.resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = _port()
     log = home / "server.log"
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -136,7 +152,14 @@ def _record() -> Path:
     return HOME / "server.json"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _port() -> int:
+    """The port that the last server of this folder had, if it is free; else any free one."""
+    wanted = 0
+    with contextlib.suppress(FileNotFoundError):
+        wanted = int(json.loads(_record().read_text())["url"].rpartition(":")[2])
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise RuntimeError("no free port on 127.0.0.1")

@@ -1,0 +1,325 @@
+"""Kill a process of a running training at a chosen moment, and judge what comes of it.
+
+One *session* is one training run that is killed several times, each time at another step. The flow
+is started again when it was the victim; from the loss of anything else it must recover by itself.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from rollflow.flows.recipes import arithmetic
+from rollflow.flows.status import Status
+from rollflow.storage.audit import audit_run
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.manifests import find_batch, read_table
+from rollflow.storage.objects import Store
+from rollflow.storage.refs import RunRef
+from rollflow.storage.runs import open_run
+from rollflow.storage.steps import read_steps
+
+ROLLFLOW = str(Path(sys.executable).with_name("rollflow"))
+DEADLINE_S = 240.0
+POLL_S = 0.004
+
+VICTIMS = {
+    "flow": ("rollflow", " train "),
+    "trainer": ("ray::TrainerRank",),
+    "rollout manager": ("ray::RolloutManager",),
+    "sglang server": ("rollflow.engines.rollout.launch server",),
+    "sglang scheduler": ("sglang::scheduler",),
+    "router": ("sglang::router",),
+    "raylet": ("raylet/raylet",),
+    "prefect server": ("prefect server start",),
+}
+"""Process -> words that all stand in its command line."""
+
+PHASES = (
+    "generate",
+    "between shards",
+    "before A",
+    "after A",
+    "train",
+    "sync",
+    "before B",
+    "after B",
+    "mid-checkpoint",
+)
+
+CONFIG = """
+steps = {steps}
+[model]
+path = "arithmetic/model"
+random_weights = true
+[data]
+path = "arithmetic/train.jsonl"
+[rollout]
+batch_size = 8
+n_samples_per_prompt = 2
+servers = 2
+shard_groups = 1
+deterministic = true
+reward = "rollflow.engines.rewards.exact_match:exact_match"
+sampling = {{ max_new_tokens = 4 }}
+[algorithm]
+entropy_coef = 0.01
+[trainer]
+ranks = 2
+max_tokens_per_micro_batch = 64
+[checkpoint]
+every = 2
+hf = false
+[megatron]
+lr = 1e-3
+[cluster]
+lease_s = 20
+"""
+"""The entropy term moves the weights at every step, whatever the rewards are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Which process dies, when: at ``phase`` of ``step``, ``delay_s`` after it was seen."""
+
+    seed: int
+    process: str
+    phase: str
+    step: int
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the result: what came of a kill."""
+
+    seed: int
+    process: str
+    phase: str
+    step: int
+    recovered: bool
+    digest_equal: bool
+    """All weights from here to the next kill are those of the run that nobody killed."""
+    lost: int
+    """Durable samples that came out different or not at all, and samples not consumed once."""
+    seconds_to_training: float
+    note: str = ""
+
+
+def plan(seed: int, kills: int, first_step: int = 1) -> list[Kill]:
+    """A seeded schedule in which processes and phases take turns in shuffled order."""
+    pairs = [(process, phase) for process in VICTIMS for phase in PHASES]
+    random.Random(seed).shuffle(pairs)
+    rng = random.Random(f"{seed} delays")
+    chosen = [pairs[i % len(pairs)] for i in range(kills)]
+    return [
+        Kill(seed, process, phase, first_step + 2 * i, rng.uniform(0.0, 0.05))
+        for i, (process, phase) in enumerate(chosen)
+    ]
+
+
+def prepare(folder: Path, steps: int) -> None:
+    """Data, model and settings of the sessions in ``folder``."""
+    arithmetic.make(folder / "arithmetic")
+    (folder / "run.toml").write_text(CONFIG.format(steps=steps))
+
+
+def start(folder: Path, name: str) -> subprocess.Popen:
+    """Start or continue the training of a session."""
+    log = (folder / f"{name}.log").open("ab")
+    command = [ROLLFLOW, "train", "run.toml", "--name", name]
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+class Session:
+    """One run that is killed several times."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+        self.flow = start(folder, name)
+        self.kept: dict[str, bytes] = {}
+
+    @property
+    def run(self) -> RunRef:
+        """The session's run, without a lease: for reading."""
+        return open_run(self.store, self.name)
+
+    def status(self) -> Status | None:
+        """Step and phase now; None before the first."""
+        import json
+
+        try:
+            file = self.folder / f".rollflow/status/{self.name}.json"
+            return Status(**json.loads(file.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def strike(self, kill: Kill) -> float | str:
+        """Wait for the moment, kill, wait until the run trains again: seconds, or what went wrong."""
+        wrong = self._wait(lambda: self._reached(kill), f"{kill.phase} of step {kill.step}")
+        if wrong:
+            return wrong
+        time.sleep(kill.delay_s)
+        victims = self._victims(kill.process)
+        if not victims:
+            return f"no {kill.process} runs"
+        victim = victims[kill.seed % len(victims)]
+        self._keep_durable(kill.step)
+        killed = time.time()
+        victim.kill()
+        if kill.process == "flow":
+            self.flow.wait()
+            self.flow = start(self.folder, self.name)
+        wrong = self._wait(lambda: self._trained_since(killed, kill), "training after the kill")
+        return wrong or time.time() - killed
+
+    def finish(self) -> str:
+        """Wait for the end of the run; what went wrong, or nothing."""
+        try:
+            code = self.flow.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.flow.kill()
+            return f"not ended after {DEADLINE_S:.0f} s"
+        return "" if code == 0 else f"ended with status {code}"
+
+    def changed_durable(self) -> list[str]:
+        """Samples that were durable when something was killed and are not in the log as they were."""
+        final: dict[str, str] = {}
+        for record in read_steps(self.store, self.run):
+            batch = find_batch(self.store, self.run, record.step)
+            assert batch is not None
+            final |= _rows(read_table(self.store, batch))
+        return [name for name, row in self._durable.items() if final.get(name) != row]
+
+    _durable: dict[str, str]
+
+    def _keep_durable(self, step: int) -> None:
+        from rollflow.storage.ledger import durable_groups
+        from rollflow.storage.schema import to_table
+
+        self._durable = getattr(self, "_durable", {})
+        try:
+            samples = durable_groups(self.store, self.run, step).samples
+        except (FileNotFoundError, ValueError):
+            return
+        if samples:
+            self._durable |= _rows(to_table(samples))
+
+    def _reached(self, kill: Kill) -> bool:
+        rollouts = self.folder / f".rollflow/store/runs/{self.name}/rollouts/step-{kill.step:06d}"
+        record = self.folder / f".rollflow/store/runs/{self.name}/steps/step-{kill.step:06d}.json"
+        if kill.phase == "between shards":
+            return any(rollouts.glob("part-*.arrow"))
+        if kill.phase == "after A":
+            return (rollouts / "manifest.json").exists()
+        if kill.phase == "after B":
+            return record.exists()
+        status = self.status()
+        if status is None or status.step < kill.step:
+            return False
+        names = {
+            "before A": ("score", "write"),
+            "before B": ("commit",),
+            "mid-checkpoint": ("checkpoint",),
+        }
+        return status.step > kill.step or status.phase in names.get(kill.phase, (kill.phase,))
+
+    def _trained_since(self, killed: float, kill: Kill) -> bool:
+        if self.flow.poll() is not None:
+            return True
+        status = self.status()
+        return (
+            status is not None
+            and status.since > killed
+            and (status.phase == "train" or status.step > kill.step + 1)
+        )
+
+    def _wait(self, condition, what: str) -> str:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            if time.monotonic() > deadline:
+                return f"waited {DEADLINE_S:.0f} s for {what}"
+            if self.flow.poll() not in (None, 0):
+                return f"the flow ended with status {self.flow.returncode} before {what}"
+            if self.flow.poll() == 0:
+                return "" if condition() else f"the run finished before {what}"
+            time.sleep(POLL_S)
+        return ""
+
+    def _victims(self, process: str) -> list[psutil.Process]:
+        if process == "flow":
+            return [psutil.Process(self.flow.pid)]
+        words = VICTIMS[process]
+        if process == "prefect server":
+            family = [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
+        else:
+            family = psutil.Process(self.flow.pid).children(recursive=True)
+            family += _session_servers(self.folder, self.name)
+        found = {p.pid: p for p in family if _matches(p, words)}
+        return [found[pid] for pid in sorted(found)]
+
+
+def _session_servers(folder: Path, name: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if _folder_of(p) == str(folder)]
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Processes that still work in ``folder``, but for the Prefect server."""
+    found = []
+    for process in psutil.process_iter():
+        if _folder_of(process).startswith(str(folder)) and not _matches(
+            process, VICTIMS["prefect server"]
+        ):
+            found.append(f"{process.pid} {_line(process)[:100]}")
+    return found
+
+
+def _matches(process: psutil.Process, words: tuple[str, ...]) -> bool:
+    line = _line(process)
+    return bool(line) and all(word in line for word in words)
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return ""
+
+
+def _folder_of(process: psutil.Process) -> str:
+    try:
+        return process.cwd()
+    except psutil.Error:
+        return ""
+
+
+def _rows(table) -> dict[str, str]:
+    """What of each sample may never change once durable, by sample id."""
+    columns = ("group_id", "index", "response_ids", "rollout_logprobs", "reward", "seed")
+    rows = table.select(columns).to_pylist()
+    return {f"{r['group_id']}#{r['index']}": repr(r) for r in rows}
+
+
+def log_of(session: Session) -> dict[int, tuple[str, dict[str, float]]]:
+    """Weights digest and metrics (no seconds) of each committed step."""
+    steps = read_steps(session.store, session.run)
+    return {
+        s.step: (
+            s.weights_digest,
+            {k: v for k, v in s.metrics.items() if not k.startswith("perf/") and "cache" not in k},
+        )
+        for s in steps
+    }
+
+
+def audit_findings(session: Session) -> list[str]:
+    """What an audit of the finished run finds, leftovers included."""
+    report = audit_run(session.store, session.run)
+    return [f"{f.name}: {f.reason}" for f in report.findings] + [
+        f"left over: {leftover.url}" for leftover in report.leftovers
+    ]

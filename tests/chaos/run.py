@@ -1,0 +1,118 @@
+"""``make chaos``: many kills, a table and ``results.json``; exit status 1 where one was not survived."""
+
+import argparse
+import json
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .harness import (
+    ROLLFLOW,
+    Kill,
+    Row,
+    Session,
+    audit_findings,
+    left_behind,
+    log_of,
+    plan,
+    prepare,
+)
+
+
+def run_sessions(
+    folder: Path, seed: int, kills: int, per_session: int, console: Console | None = None
+) -> list[Row]:
+    """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed."""
+    steps = 1 + 2 * per_session
+    prepare(folder, steps)
+    try:
+        baseline = _undisturbed(folder)
+        schedule = plan(seed, kills)
+        rows: list[Row] = []
+        for number, first in enumerate(range(0, kills, per_session)):
+            group = [
+                Kill(k.seed + first + i, k.process, k.phase, 1 + 2 * i, k.delay_s)
+                for i, k in enumerate(schedule[first : first + per_session])
+            ]
+            rows += _session(folder, f"kills-{number}", group, baseline)
+            if console:
+                for row in rows[-len(group) :]:
+                    console.print(f"{row.process} at {row.phase}: {row}", soft_wrap=True)
+        return rows
+    finally:
+        subprocess.run([ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
+
+
+def _undisturbed(folder: Path) -> dict:
+    session = Session(folder, "undisturbed")
+    wrong = session.finish()
+    if wrong:
+        raise RuntimeError(
+            f"the undisturbed run: {wrong}\n{(folder / 'undisturbed.log').read_text()[-3000:]}"
+        )
+    return log_of(session)
+
+
+def _session(folder: Path, name: str, kills: list[Kill], baseline: dict) -> list[Row]:
+    session = Session(folder, name)
+    answers = [session.strike(kill) for kill in kills]
+    ended = session.finish()
+    log = {} if ended else log_of(session)
+    findings = [ended] if ended else audit_findings(session)
+    findings += [f"left behind: {p}" for p in left_behind(folder)]
+    changed = [] if ended else session.changed_durable()
+    rows = []
+    for i, (kill, answer) in enumerate(zip(kills, answers, strict=True)):
+        until = kills[i + 1].step if i + 1 < len(kills) else len(baseline)
+        steps = range(kill.step, until)
+        equal = all(log.get(step) == baseline[step] for step in steps)
+        seconds = answer if isinstance(answer, float) else float("nan")
+        note = "; ".join([*([answer] if isinstance(answer, str) else []), *findings])
+        rows.append(
+            Row(
+                seed=kill.seed,
+                process=kill.process,
+                phase=kill.phase,
+                step=kill.step,
+                recovered=isinstance(answer, float) and not ended,
+                digest_equal=equal,
+                lost=len(changed) + sum("sample" in f for f in findings),
+                seconds_to_training=round(seconds, 1),
+                note=note,
+            )
+        )
+    return rows
+
+
+def main() -> int:
+    """Run the schedule; print the table; write ``results.json`` beside this file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=72)
+    parser.add_argument("--per-session", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="rollflow-chaos-") as folder:
+        rows = run_sessions(Path(folder), options.seed, options.kills, options.per_session, console)
+    options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    table = Table(
+        "seed", "process", "phase", "recovered", "digest equal", "lost", "s to training", "note"
+    )
+    for row in rows:
+        table.add_row(
+            str(row.seed), row.process, row.phase, str(row.recovered), str(row.digest_equal),
+            str(row.lost), f"{row.seconds_to_training:.1f}", row.note[:60],
+        )  # fmt: skip
+    console.print(table)
+    good = sum(row.recovered and row.digest_equal and not row.lost and not row.note for row in rows)
+    console.print(f"{good} of {len(rows)} kills survived without a trace")
+    return 0 if good == len(rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
