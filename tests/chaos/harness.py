@@ -130,9 +130,11 @@ def prepare(folder: Path, steps: int) -> None:
 
 def start(folder: Path, name: str) -> subprocess.Popen:
     """Start or continue the training of a session."""
-    log = (folder / f"{name}.log").open("ab")
     command = [ROLLFLOW, "train", "run.toml", "--name", name]
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
 
 
 class Session:
