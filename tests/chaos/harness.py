@@ -4,6 +4,7 @@ One *session* is one training run that is killed several times, each time at ano
 is started again when it was the victim; from the loss of anything else it must recover by itself.
 """
 
+import json
 import random
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from rollflow.flows.recipes import arithmetic
 from rollflow.flows.status import Status
 from rollflow.storage.audit import audit_run
 from rollflow.storage.config import StoreConfig
+from rollflow.storage.lease import LeaseLostError, check_fence, newest_epoch
+from rollflow.storage.ledger import durable_groups
 from rollflow.storage.manifests import find_batch, read_table
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.runs import open_run
+from rollflow.storage.schema import to_table
 from rollflow.storage.steps import read_steps
 
 ROLLFLOW = str(Path(sys.executable).with_name("rollflow"))
@@ -128,9 +132,9 @@ def prepare(folder: Path, steps: int) -> None:
     (folder / "run.toml").write_text(CONFIG.format(steps=steps))
 
 
-def start(folder: Path, name: str) -> subprocess.Popen:
+def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
     """Start or continue the training of a session."""
-    command = [ROLLFLOW, "train", "run.toml", "--name", name]
+    command = [ROLLFLOW, "train", "run.toml", "--name", name, *words]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -140,11 +144,11 @@ def start(folder: Path, name: str) -> subprocess.Popen:
 class Session:
     """One run that is killed several times."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.folder, self.name = folder, name
         self.store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
-        self.flow = start(folder, name)
-        self.kept: dict[str, bytes] = {}
+        self.flow = start(folder, name, *words)
+        self._durable: dict[str, str] = {}
 
     @property
     def run(self) -> RunRef:
@@ -153,8 +157,6 @@ class Session:
 
     def status(self) -> Status | None:
         """Step and phase now; None before the first."""
-        import json
-
         try:
             file = self.folder / f".rollflow/status/{self.name}.json"
             return Status(**json.loads(file.read_text()))
@@ -198,13 +200,44 @@ class Session:
             final |= _rows(read_table(self.store, batch))
         return [name for name, row in self._durable.items() if final.get(name) != row]
 
-    _durable: dict[str, str]
+    def restart(self, *words: str) -> None:
+        """Start another flow on the run, whatever became of the one before."""
+        self.flow = start(self.folder, self.name, *words)
+
+    def stop(self) -> None:
+        """End the flow, if it still runs."""
+        if self.flow.poll() is None:
+            self.flow.kill()
+            self.flow.wait()
+
+    def wait_for(self, phase: str, step: int) -> str:
+        """Wait until the flow of this session is in ``phase`` of ``step`` or later; or what went wrong."""
+
+        def reached() -> bool:
+            status = self.status()
+            return (
+                status is not None
+                and status.pid == self.flow.pid
+                and (status.step > step or (status.step == step and status.phase == phase))
+            )
+
+        return self._wait(reached, f"{phase} of step {step}")
+
+    def wait_until_lease_is_over(self) -> str:
+        """Wait until the newest lease has expired; or what went wrong."""
+
+        def over() -> bool:
+            try:
+                check_fence(
+                    self.store, RunRef(self.name, self.run.url, newest_epoch(self.store, self.run))
+                )
+            except LeaseLostError:
+                return True
+            return False
+
+        return self._wait(over, "the end of the lease")
 
     def _keep_durable(self, step: int) -> None:
-        from rollflow.storage.ledger import durable_groups
-        from rollflow.storage.schema import to_table
-
-        self._durable = getattr(self, "_durable", {})
         try:
             samples = durable_groups(self.store, self.run, step).samples
         except (FileNotFoundError, ValueError):
@@ -261,13 +294,9 @@ class Session:
             family = [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
         else:
             family = psutil.Process(self.flow.pid).children(recursive=True)
-            family += _session_servers(self.folder, self.name)
+            family += [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
         found = {p.pid: p for p in family if _matches(p, words)}
         return [found[pid] for pid in sorted(found)]
-
-
-def _session_servers(folder: Path, name: str) -> list[psutil.Process]:
-    return [p for p in psutil.process_iter() if _folder_of(p) == str(folder)]
 
 
 def left_behind(folder: Path) -> list[str]:

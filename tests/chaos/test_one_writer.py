@@ -1,0 +1,56 @@
+"""Two flows on one run: one works. A flow that slept past its lease does nothing when it wakes."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from rollflow.storage.audit import audit_run
+from rollflow.storage.steps import read_steps
+
+from .harness import ROLLFLOW, Session, left_behind, prepare
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+WORDS = ("--cluster.lease_s", "4", "--rollout.deterministic", "false")
+
+
+@pytest.fixture
+def session(tmp_path):
+    prepare(tmp_path, steps=8)
+    session = Session(tmp_path, "shared", *WORDS)
+    yield session
+    session.stop()
+    subprocess.run([ROLLFLOW, "down"], cwd=tmp_path, check=True, timeout=60)
+
+
+def test_a_second_flow_is_refused_and_a_sleeper_is_fenced_off(session):
+    assert session.wait_for("train", step=1) == ""
+    second = subprocess.run(
+        [ROLLFLOW, "train", "run.toml", "--name", "shared", *WORDS],
+        cwd=session.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert second.returncode == 1
+    assert f"pid {session.flow.pid}" in second.stderr
+    assert "'shared' is held by" in second.stderr
+
+    sleeper = session.flow
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    at_sleep = len(read_steps(session.store, session.run))
+    assert session.wait_until_lease_is_over() == ""
+    session.restart(*WORDS)  # takes the run over
+    assert session.wait_for("train", step=at_sleep) == ""
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert sleeper.wait(timeout=120) == 1
+    assert session.finish() == ""
+
+    assert "is refused" in (session.folder / "shared.log").read_text()
+    assert [s.step for s in read_steps(session.store, session.run)] == list(range(8))
+    report = audit_run(session.store, session.run)
+    assert report.findings == []
+    epochs = {name: report.counts[name] for name in report.counts if "lease" in name}
+    assert epochs
+    assert left_behind(session.folder) == []
