@@ -4,6 +4,7 @@ Engines are named actors in the run's namespace, so a task finds them by name al
 """
 
 import asyncio
+import logging
 import os
 import shutil
 import sys
@@ -53,7 +54,12 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     if ray.is_initialized():
         ray.shutdown()
     if config.address != "local":
-        ray.init(address=config.address, namespace=namespace, log_to_driver=False)
+        ray.init(
+            address=config.address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
         return ClusterRef(config.address, namespace, "")
     # Without this Ray answers on every interface, whatever node address it is given.
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -68,6 +74,7 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
         runtime_env={"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths)}},

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import httpx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,6 +34,13 @@ class Curve:
 async def report(board: "Board", batch: BatchRef, metrics: Mapping[str, float]) -> None:
     """Write the step's scalars to TensorBoard and a table with a link to its shards to Prefect."""
     board.write(batch.step, metrics)
+    try:
+        await _artifact(batch, metrics)
+    except httpx.HTTPError as error:  # a picture of the step is not worth the step
+        get_run_logger().warning("no artifact for step %d: %r", batch.step, error)
+
+
+async def _artifact(batch: BatchRef, metrics: Mapping[str, float]) -> None:
     await acreate_table_artifact(
         key=artifact_key(batch.run.name, "iteration"),
         table=[
