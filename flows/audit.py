@@ -26,7 +26,7 @@ def audit_stored(url: str, name: str, console: Console) -> int:
 
 async def recompute_stored(url: str, name: str, console: Console) -> int:
     """Train the run again from its log; print and count the weights that came out different."""
-    differences = await recompute(StoreConfig(url=url), name)
+    differences = (await recompute(StoreConfig(url=url), name)).differences
     for difference in differences:
         console.print(f"  [red]different[/]: {difference}")
     console.print(f"recomputed from the log: {len(differences)} differences")

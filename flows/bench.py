@@ -12,13 +12,16 @@ from rich.table import Table
 from .arguments import load_config, recipes
 from .demo import seeded
 from .recipes import arithmetic
+from .replay import recompute
 from .train import train
 
 COMPUTE = ("generate", "score", "train")
 
 
 async def run_bench(steps: int, output: Path, console: Console) -> None:
-    """Train ``steps`` iterations from random weights; print and write the median split."""
+    """Train ``steps`` iterations from random weights, then again from their log; print
+    and write the medians.
+    """
     arithmetic.make(Path(".rollflow/arithmetic"))
     name = f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     words = seeded(
@@ -36,6 +39,8 @@ async def run_bench(steps: int, output: Path, console: Console) -> None:
     config = load_config(recipes()["arithmetic_cpu"], words)
     summary = await train(config)
     split = summary.iteration_split_s
+    again = await recompute(config.store, name)
+    durability = split.get("write", 0.0) + split["commit"]
     overhead = split["total"] - sum(split.get(phase, 0.0) for phase in COMPUTE)
     facts = {
         "iterations": steps,
@@ -43,6 +48,11 @@ async def run_bench(steps: int, output: Path, console: Console) -> None:
         "iteration_split_s": split,
         "overhead_s": overhead,
         "overhead_fraction": overhead / split["total"],
+        "durability_s": durability,
+        "durability_fraction": durability / split["total"],
+        "redo_step_s": again.step_s,
+        "redo_speedup": split["total"] / again.step_s,
+        "redo_differences": len(again.differences),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
     }
@@ -59,5 +69,14 @@ async def run_bench(steps: int, output: Path, console: Console) -> None:
     console.print(table)
     console.print(
         f"Orchestration, storage and weight sync together: {overhead * 1e3:.0f} ms, {overhead / split['total']:.1%} of the iteration"
+    )
+    console.print(
+        f"Durability (write and commit, after overlap): {durability * 1e3:.1f} ms, "
+        f"{durability / split['total']:.2%} of the iteration"
+    )
+    console.print(
+        f"A step done again from the log: {again.step_s * 1e3:.0f} ms, "
+        f"{split['total'] / again.step_s:.1f} times as fast as the first time; "
+        f"{len(again.differences)} of {steps} steps with other weights"
     )
     console.print(f"Figures: {output}")

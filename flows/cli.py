@@ -40,7 +40,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))  # hooks in the working folder can be imported
     try:
         app()
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("ROLLFLOW_TRACEBACK"):
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)

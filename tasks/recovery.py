@@ -10,6 +10,7 @@ from prefect import get_run_logger
 from ray.exceptions import RayError
 
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
+from rollflow.engines.rollout.client import GenerationError
 from rollflow.engines.rollout.server import ServerError
 from rollflow.storage import lease as leases
 from rollflow.storage.lease import Lease
@@ -22,7 +23,7 @@ from .preflight import RunPlan, find_plan
 from .settings import RunSettings
 
 T = TypeVar("T")
-LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, RayError)
+LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, GenerationError, RayError)
 """Faults of processes and machines. A gate or a damaged log is none: trying again cannot help."""
 
 

@@ -1,0 +1,77 @@
+"""Every mistake that can be found before an engine starts is found there, by name."""
+
+import pytest
+
+from rollflow.flows.arguments import build_config, overlay
+from rollflow.flows.recipes import arithmetic
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import read_run
+from rollflow.tasks.preflight import preflight
+
+
+@pytest.fixture
+def tree(tmp_path):
+    files = arithmetic.make(tmp_path)
+    return {
+        "name": "run",
+        "steps": 3,
+        "model": {"path": str(files.model), "random_weights": True},
+        "data": {"path": str(files.train)},
+        "rollout": {"reward": "rollflow.engines.rewards.exact_match:exact_match"},
+        "store": {"url": str(tmp_path / "store")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.path", "/nowhere"], "model.path = '/nowhere' has no config.json"),
+        (["--model.random_weights", "false"], "has no *.safetensors"),
+        (["--model.dtype", "bfloat16"], "model.dtype = 'bfloat16' on a CPU"),
+        (["--rollout.reward", "nowhere:fn"], "nowhere"),
+        (["--rollout.reward", "rollflow.engines.rewards.exact_match:exact_mach"], "exact_match"),
+        (["--rollout.generate", "rollflow.engines.rewards.exact_match:exact_match"], "async"),
+        (["--data.path", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--data.prompt_key", "question"], "question"),
+        (["--tensor-model-parallel-size", "2"], "trainer.ranks = 1 is no multiple of 2"),
+        (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
+        (["--store.url", "nosuch://bucket"], "nosuch"),
+    ],
+)
+async def test_a_mistake_is_named_before_any_engine_starts(tree, words, message):
+    config = build_config(overlay(tree, ["--cluster.device", "cpu", *words]))
+    with pytest.raises((ValueError, OSError)) as caught:
+        await preflight.fn(config)
+    assert message in str(caught.value)
+
+
+async def test_a_malformed_row_is_named_with_file_line_and_reason(tree, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2=", "label"\n')
+    config = build_config(overlay(tree, ["--data.path", str(bad), "--rollout.batch_size", "1"]))
+    with pytest.raises(ValueError, match=r"bad\.jsonl.*2"):
+        await preflight.fn(config)
+
+
+async def test_malformed_rows_are_counted_where_they_may_be_skipped(tree, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": "1+2=", "label"\n')
+    words = ["--data.path", str(bad), "--data.on_bad_row", "skip", "--rollout.batch_size", "1"]
+    await preflight.fn(build_config(overlay(tree, words)))
+    assert "1 malformed rows" in capsys.readouterr().out
+
+
+async def test_the_whole_configuration_is_stored_with_the_run(tree):
+    config = build_config(overlay(tree, ["--lr", "1e-4"]))
+    plan = await preflight.fn(config)
+    assert plan.next_step == 0
+    record = read_run(Store(config.store), "run")
+    assert build_config({**record.free, **record.config}) == config
+    assert record.versions["torch"].startswith("2.")
+
+
+async def test_steps_decide_where_the_learning_rate_decays_until_the_last(tree):
+    decaying = ["--trainer.lr_decay_style", "cosine"]
+    await preflight.fn(build_config(overlay(tree, decaying)))
+    with pytest.raises(ValueError, match="steps: 3 -> 4"):
+        await preflight.fn(build_config(overlay(tree, [*decaying, "--steps", "4"])))
