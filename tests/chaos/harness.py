@@ -27,7 +27,7 @@ from rollflow.storage.runs import open_run
 from rollflow.storage.schema import to_table
 from rollflow.storage.steps import read_steps
 
-ROLLFLOW = str(Path(sys.executable).with_name("rollflow"))
+ROLLFLOW = (sys.executable, "-m", "rollflow")
 DEADLINE_S = 240.0
 POLL_S = 0.004
 
@@ -134,7 +134,7 @@ def prepare(folder: Path, steps: int) -> None:
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
     """Start or continue the training of a session."""
-    command = [ROLLFLOW, "train", "run.toml", "--name", name, *words]
+    command = [*ROLLFLOW, "train", "run.toml", "--name", name, *words]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL

@@ -4,6 +4,9 @@ import argparse
 import json
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,46 +27,72 @@ from .harness import (
 
 
 def run_sessions(
-    folder: Path, seed: int, kills: int, per_session: int, console: Console | None = None
+    folder: Path,
+    seed: int,
+    kills: int,
+    per_session: int,
+    parallel: int = 1,
+    console: Console | None = None,
 ) -> list[Row]:
-    """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed."""
+    """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
+
+    ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
+    """
     steps = 1 + 2 * per_session
-    prepare(folder, steps)
-    try:
-        baseline = _undisturbed(folder)
-        schedule = plan(seed, kills)
-        rows: list[Row] = []
-        for number, first in enumerate(range(0, kills, per_session)):
-            group = [
-                Kill(k.seed + first + i, k.process, k.phase, 1 + 2 * i, k.delay_s)
-                for i, k in enumerate(schedule[first : first + per_session])
-            ]
-            rows += _session(folder, f"kills-{number}", group, baseline)
-            if console:
-                for row in rows[-len(group) :]:
-                    console.print(f"{row.process} at {row.phase}: {row}", soft_wrap=True)
+    baseline = _undisturbed(folder / "undisturbed", steps)
+    schedule = plan(seed, kills)
+    groups = [
+        [
+            Kill(k.seed + first + i, k.process, k.phase, 1 + 2 * i, k.delay_s)
+            for i, k in enumerate(schedule[first : first + per_session])
+        ]
+        for first in range(0, kills, per_session)
+    ]
+
+    def judge(number: int) -> list[Row]:
+        rows = _session(folder / f"kills-{number}", steps, groups[number], baseline)
+        if console:
+            for row in rows:
+                console.print(str(row), soft_wrap=True, highlight=False)
         return rows
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return [row for rows in pool.map(judge, range(len(groups))) for row in rows]
+
+
+@contextmanager
+def _prepared(folder: Path, steps: int) -> Iterator[Session]:
+    folder.mkdir()
+    prepare(folder, steps)
+    session = Session(folder, "chaos")
+    try:
+        yield session
     finally:
-        subprocess.run([ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
+        session.stop()
+        subprocess.run([*ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
 
 
-def _undisturbed(folder: Path) -> dict:
-    session = Session(folder, "undisturbed")
-    wrong = session.finish()
-    if wrong:
-        raise RuntimeError(
-            f"the undisturbed run: {wrong}\n{(folder / 'undisturbed.log').read_text()[-3000:]}"
-        )
-    return log_of(session)
+def _undisturbed(folder: Path, steps: int) -> dict:
+    with _prepared(folder, steps) as session:
+        wrong = session.finish()
+        if wrong:
+            log = (folder / "chaos.log").read_text()[-3000:]
+            raise RuntimeError(f"the undisturbed run: {wrong}\n{log}")
+        return log_of(session)
 
 
-def _session(folder: Path, name: str, kills: list[Kill], baseline: dict) -> list[Row]:
-    session = Session(folder, name)
-    answers = [session.strike(kill) for kill in kills]
-    ended = session.finish()
+def _session(folder: Path, steps: int, kills: list[Kill], baseline: dict) -> list[Row]:
+    with _prepared(folder, steps) as session:
+        answers = [session.strike(kill) for kill in kills]
+        return _judge(session, kills, answers, session.finish(), baseline)
+
+
+def _judge(
+    session: Session, kills: list[Kill], answers: list[float | str], ended: str, baseline: dict
+) -> list[Row]:
     log = {} if ended else log_of(session)
     findings = [ended] if ended else audit_findings(session)
-    findings += [f"left behind: {p}" for p in left_behind(folder)]
+    findings += [f"left behind: {p}" for p in left_behind(session.folder)]
     changed = [] if ended else session.changed_durable()
     rows = []
     for i, (kill, answer) in enumerate(zip(kills, answers, strict=True)):
@@ -94,11 +123,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=72)
     parser.add_argument("--per-session", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="keep logs and stores here")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     options = parser.parse_args()
     console = Console()
-    with tempfile.TemporaryDirectory(prefix="rollflow-chaos-") as folder:
-        rows = run_sessions(Path(folder), options.seed, options.kills, options.per_session, console)
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="rf-chaos-"))
+    console.print(f"logs and stores: {folder}")
+    rows = run_sessions(
+        folder, options.seed, options.kills, options.per_session, options.parallel, console
+    )
     options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     table = Table(
         "seed", "process", "phase", "recovered", "digest equal", "lost", "s to training", "note"

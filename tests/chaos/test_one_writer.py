@@ -21,13 +21,13 @@ def session(tmp_path):
     session = Session(tmp_path, "shared", *WORDS)
     yield session
     session.stop()
-    subprocess.run([ROLLFLOW, "down"], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([*ROLLFLOW, "down"], cwd=tmp_path, check=True, timeout=60)
 
 
 def test_a_second_flow_is_refused_and_a_sleeper_is_fenced_off(session):
     assert session.wait_for("train", step=1) == ""
     second = subprocess.run(
-        [ROLLFLOW, "train", "run.toml", "--name", "shared", *WORDS],
+        [*ROLLFLOW, "train", "run.toml", "--name", "shared", *WORDS],
         cwd=session.folder,
         capture_output=True,
         text=True,

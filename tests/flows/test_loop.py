@@ -20,7 +20,7 @@ from rollflow.storage.steps import read_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROLLFLOW = str(Path(sys.executable).with_name("rollflow"))
+ROLLFLOW = (sys.executable, "-m", "rollflow")
 CONFIG = """
 name = "loop"
 steps = 3
@@ -61,7 +61,7 @@ def first_digit(sample):
 
 def rollflow(folder: Path, *words: str) -> str:
     """Run the command line in ``folder``; its output, on failure too."""
-    command = [ROLLFLOW, *words]
+    command = [*ROLLFLOW, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -196,7 +196,7 @@ def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
 
 
 def test_a_run_is_not_continued_with_other_settings(folder):
-    command = [ROLLFLOW, "train", "run.toml", "--lr", "1e-4"]
+    command = [*ROLLFLOW, "train", "run.toml", "--lr", "1e-4"]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ}
     )
