@@ -62,7 +62,7 @@ def run_sessions(
 
 @contextmanager
 def _prepared(folder: Path, steps: int) -> Iterator[Session]:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     prepare(folder, steps)
     session = Session(folder, "chaos")
     try:
