@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 HOME = Path(".rollflow/prefect")
 START_TIMEOUT_S = 180.0
@@ -84,7 +84,10 @@ def _keep() -> None:
     """Start the server again, at the same address, whenever it has died."""
     while True:
         time.sleep(KEEP_EVERY_S)
-        _ensure()
+        try:
+            _ensure()
+        except (RuntimeError, OSError, Timeout) as error:
+            print(f"the Prefect server is down and did not start again: {error}", file=sys.stderr)
 
 
 def _ensure() -> LocalServer:

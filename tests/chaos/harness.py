@@ -111,6 +111,7 @@ class Row:
     lost: int
     """Durable samples that came out different or not at all, and samples not consumed once."""
     seconds_to_training: float
+    """From the kill until a step is committed that was not before."""
     note: str = ""
 
 
@@ -164,7 +165,7 @@ class Session:
             return None
 
     def strike(self, kill: Kill) -> float | str:
-        """Wait for the moment, kill, wait until the run trains again: seconds, or what went wrong."""
+        """Wait for the moment, kill, wait for the next committed step: seconds, or what went wrong."""
         wrong = self._wait(lambda: self._reached(kill), f"{kill.phase} of step {kill.step}")
         if wrong:
             return wrong
@@ -174,13 +175,14 @@ class Session:
             return f"no {kill.process} runs"
         victim = victims[kill.seed % len(victims)]
         self._keep_durable(kill.step)
-        killed = time.time()
+        committed = self._committed()
+        killed = time.monotonic()
         victim.kill()
         if kill.process == "flow":
             self.flow.wait()
             self.flow = start(self.folder, self.name)
-        wrong = self._wait(lambda: self._trained_since(killed, kill), "training after the kill")
-        return wrong or time.time() - killed
+        wrong = self._wait(lambda: self._committed() > committed, "a step after the kill")
+        return wrong or time.monotonic() - killed
 
     def finish(self) -> str:
         """Wait for the end of the run; what went wrong, or nothing."""
@@ -264,15 +266,9 @@ class Session:
         }
         return status.step > kill.step or status.phase in names.get(kill.phase, (kill.phase,))
 
-    def _trained_since(self, killed: float, kill: Kill) -> bool:
-        if self.flow.poll() is not None:
-            return True
-        status = self.status()
-        return (
-            status is not None
-            and status.since > killed
-            and (status.phase == "train" or status.step > kill.step + 1)
-        )
+    def _committed(self) -> int:
+        folder = self.folder / f".rollflow/store/runs/{self.name}/steps"
+        return len(list(folder.glob("step-*.json")))
 
     def _wait(self, condition, what: str) -> str:
         deadline = time.monotonic() + DEADLINE_S

@@ -4,8 +4,8 @@ import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,11 +32,12 @@ def run_sessions(
     kills: int,
     per_session: int,
     parallel: int = 1,
-    console: Console | None = None,
+    told: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
+    ``told`` hears of all rows so far whenever a session has ended.
     """
     steps = 1 + 2 * per_session
     baseline = _undisturbed(folder / "undisturbed", steps)
@@ -49,15 +50,22 @@ def run_sessions(
         for first in range(0, kills, per_session)
     ]
 
-    def judge(number: int) -> list[Row]:
-        rows = _session(folder / f"kills-{number}", steps, groups[number], baseline)
-        if console:
-            for row in rows:
-                console.print(str(row), soft_wrap=True, highlight=False)
-        return rows
-
     with ThreadPoolExecutor(parallel) as pool:
-        return [row for rows in pool.map(judge, range(len(groups))) for row in rows]
+        sessions = [
+            pool.submit(_session, folder / f"kills-{number}", steps, group, baseline)
+            for number, group in enumerate(groups)
+        ]
+        rows: list[Row] = []
+        for done in as_completed(sessions):
+            rows += done.result()
+            told(rows)
+    return sorted(rows, key=lambda row: row.seed)
+
+
+def write_results(file: Path, rows: list[Row]) -> None:
+    """Write one JSON object a kill."""
+    ordered = sorted(rows, key=lambda row: row.seed)
+    file.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in ordered) + "\n]\n")
 
 
 @contextmanager
@@ -131,9 +139,14 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="rf-chaos-"))
     console.print(f"logs and stores: {folder}")
     rows = run_sessions(
-        folder, options.seed, options.kills, options.per_session, options.parallel, console
+        folder,
+        options.seed,
+        options.kills,
+        options.per_session,
+        options.parallel,
+        lambda so_far: write_results(options.output, so_far),
     )
-    options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_results(options.output, rows)
     table = Table(
         "seed", "process", "phase", "recovered", "digest equal", "lost", "s to training", "note"
     )
