@@ -24,6 +24,8 @@ HOME = Path(".rollflow/prefect")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 KEEP_EVERY_S = 1.0
+STARTS = 3
+PORTS = range(4200, 4300)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,9 @@ class LocalServer:
     def alive(self) -> bool:
         """Whether this very process still runs."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
         return False
 
 
@@ -91,29 +95,37 @@ def _keep() -> None:
 
 
 def _ensure() -> LocalServer:
-    """The server, started if it does not run; flows that ask at once share one."""
+    """The server, started if it does not run; flows that ask at once share one.
+
+    Its record is written before it answers, so that whoever comes next finds it if we are killed.
+    """
     HOME.mkdir(parents=True, exist_ok=True)
     with FileLock(HOME / "server.lock", timeout=START_TIMEOUT_S):
-        return running() or _start()
+        for _ in range(STARTS):
+            server = running() or _start()
+            if _comes_up(server):
+                return server
+            stop()
+    tail = "\n".join(_log().read_text(errors="replace").splitlines()[-20:])
+    raise RuntimeError(f"the Prefect server did not come up, {STARTS} times:\n{tail}")
+
+
+def _comes_up(server: LocalServer) -> bool:
+    """Wait until it answers; False when it died, for one because its port was taken meanwhile."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while server.alive() and time.monotonic() < deadline:
+        if _healthy(server):
+            return server.alive()
+        time.sleep(0.2)
+    return False
 
 
 def _start() -> LocalServer:
-    home = HOME.resolve()
     port = _port()
-    log = home / "server.log"
-    with log.open("ab") as out:
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    with _log().open("ab") as out:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "prefect",
-                "server",
-                "start",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ],
+            [sys.executable, "-m", "prefect", "server", "start", *address],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -122,15 +134,6 @@ def _start() -> LocalServer:
         )
     started = psutil.Process(process.pid).create_time()
     server = LocalServer(f"http://127.0.0.1:{port}", process.pid, started)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not _healthy(server):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(
-                f"the Prefect server did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}"
-            )
-        time.sleep(0.2)
     _record().write_text(json.dumps(asdict(server)))
     return server
 
@@ -155,14 +158,21 @@ def _record() -> Path:
     return HOME / "server.json"
 
 
+def _log() -> Path:
+    return HOME / "server.log"
+
+
 def _port() -> int:
-    """The port that the last server of this folder had, if it is free; else any free one."""
-    wanted = 0
+    """The port that this folder's server had last, or the first free one from 4200 on.
+
+    All are below the range from which the system hands out ports to others.
+    """
+    wanted: list[int] = []
     with contextlib.suppress(FileNotFoundError):
-        wanted = int(json.loads(_record().read_text())["url"].rpartition(":")[2])
-    for port in (wanted, 0):
+        wanted = [int(json.loads(_record().read_text())["url"].rpartition(":")[2])]
+    for port in [*wanted, *PORTS]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
-            return probe.getsockname()[1]
-    raise RuntimeError("no free port on 127.0.0.1")
+            return port
+    raise RuntimeError(f"no free port on 127.0.0.1 from {PORTS[0]} to {PORTS[-1]}")

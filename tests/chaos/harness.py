@@ -30,6 +30,8 @@ from rollflow.storage.steps import read_steps
 ROLLFLOW = (sys.executable, "-m", "rollflow")
 DEADLINE_S = 240.0
 POLL_S = 0.004
+GRACE_S = 20.0
+"""What belongs to a killed process notices that within seconds and ends itself."""
 
 VICTIMS = {
     "flow": ("rollflow", " train "),
@@ -296,14 +298,17 @@ class Session:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Processes that still work in ``folder``, but for the Prefect server."""
-    found = []
-    for process in psutil.process_iter():
-        if _folder_of(process).startswith(str(folder)) and not _matches(
-            process, VICTIMS["prefect server"]
-        ):
-            found.append(f"{process.pid} {_line(process)[:100]}")
-    return found
+    """Processes that work in ``folder`` and do not end by themselves, but for the Prefect server."""
+    deadline = time.monotonic() + GRACE_S
+    while True:
+        found = [
+            f"{p.pid} {_line(p)[:100]}"
+            for p in psutil.process_iter()
+            if _folder_of(p) == str(folder) and not _matches(p, VICTIMS["prefect server"])
+        ]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(POLL_S)
 
 
 def _matches(process: psutil.Process, words: tuple[str, ...]) -> bool:

@@ -1,13 +1,10 @@
 """The real loop, from the command line to the store: two SGLang servers behind the router, two
 Megatron ranks, Ray, a Prefect flow, Arrow shards. One start of the engines serves many claims."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rollflow.flows.recipes import arithmetic
@@ -17,6 +14,7 @@ from rollflow.storage.manifests import find_batch, read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
 from rollflow.storage.steps import read_steps
+from tests.chaos.harness import left_behind
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,22 +71,9 @@ def folder(tmp_path_factory):
     arithmetic.make(folder / "arithmetic")
     (folder / "run.toml").write_text(CONFIG)
     (folder / "my_reward.py").write_text(REWARD)
-    before = our_processes()
     rollflow(folder, "train", "run.toml")
-    (folder / "left.json").write_text(json.dumps(sorted(our_processes() - before)))
     yield folder
     rollflow(folder, "down")
-
-
-def our_processes() -> set[str]:
-    """Engines and Ray processes that run now, but for the Prefect server, which is meant to stay."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline", "name"]):
-        line = " ".join(process.info["cmdline"] or [])
-        names = ("ray::", "raylet", "gcs_server", "sglang", "rollflow.engines")
-        if any(n in line or n in (process.info["name"] or "") for n in names):
-            found.add(f"{process.info['pid']} {line[:120]}")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +146,7 @@ def test_evaluations_are_stored_like_batches(stored):
 
 
 def test_no_process_is_left_behind(folder):
-    assert json.loads((folder / "left.json").read_text()) == []
+    assert left_behind(folder) == []
 
 
 def test_tensorboard_and_the_picture_are_written(folder):
@@ -197,9 +182,7 @@ def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
 
 def test_a_run_is_not_continued_with_other_settings(folder):
     command = [*ROLLFLOW, "train", "run.toml", "--lr", "1e-4"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ}
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "megatron.lr" in done.stderr
 
