@@ -66,6 +66,16 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     temp_dir = tempfile.mkdtemp(prefix="rf-")
+    try:
+        _start_private(namespace, temp_dir)
+    except BaseException:  # a signal too: what was started must not outlive us
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        raise
+    return ClusterRef("local", namespace, temp_dir)
+
+
+def _start_private(namespace: str, temp_dir: str) -> None:
     paths = [str(Path.cwd()), *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
     ray.init(
         address="local",
@@ -79,7 +89,6 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
         _temp_dir=temp_dir,
         runtime_env={"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths)}},
     )
-    return ClusterRef("local", namespace, temp_dir)
 
 
 def disconnect(ref: ClusterRef) -> None:

@@ -1,6 +1,7 @@
 """``rollflow audit``: is the log whole, and do the weights follow from it?"""
 
 from rich.console import Console
+from rich.text import Text
 
 from rollflow.storage.audit import audit_run
 from rollflow.storage.config import StoreConfig
@@ -19,7 +20,7 @@ def audit_stored(url: str, name: str, console: Console) -> int:
     for leftover in report.leftovers:
         console.print(f"  left over, harmless: {leftover.url} ({leftover.reason})")
     for finding in report.findings:
-        console.print(f"  [red]wrong[/]: {finding.name}: {finding.reason}")
+        console.print(Text(f"  wrong: {finding.name}: {finding.reason}", style="red"))
     console.print(f"{len(report.findings)} findings")
     return len(report.findings)
 
@@ -28,6 +29,6 @@ async def recompute_stored(url: str, name: str, console: Console) -> int:
     """Train the run again from its log; print and count the weights that came out different."""
     differences = (await recompute(StoreConfig(url=url), name)).differences
     for difference in differences:
-        console.print(f"  [red]different[/]: {difference}")
+        console.print(Text(f"  different: {difference}", style="red"))
     console.print(f"recomputed from the log: {len(differences)} differences")
     return len(differences)

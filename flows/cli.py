@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 from rich.console import Console
+from rich.text import Text
 
 from . import server
 
@@ -43,8 +44,12 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("ROLLFLOW_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        stderr = Console(stderr=True, soft_wrap=True)
+        stderr.print("[bold red]error:[/]", Text(str(error)), highlight=False)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; `rollflow resume RUN` goes on from the log", file=sys.stderr)
+        sys.exit(130)
 
 
 @app.command

@@ -29,7 +29,7 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
         model = config.model.model_copy(update={"path": weights.path, "random_weights": False})
         config = config.model_copy(update={"model": model})
     version = weights.step + 1 if weights else 0
-    with Progress(config, plan) as progress, only_writer(config, plan.run) as lease:
+    with only_writer(config, plan.run) as lease, Progress(config, plan) as progress:
         plan = replace(plan, run=lease.run)
         async with running_engines(config, plan, train=False) as engines:
             await evaluate_weights(config, plan.run, engines, version, progress, always=True)
@@ -60,5 +60,10 @@ async def evaluate_weights(
                 "evaluate", evaluate_dataset(engines, dataset.name, version)
             )
         metrics.update(batch.metrics)
+    if config.stop and metrics and config.stop.metric not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise ValueError(
+            f"stop.metric = {config.stop.metric!r} is not evaluated; there is: {known}"
+        )
     progress.evaluated(version, metrics)
     return config.stop is not None and metrics.get(config.stop.metric, -1.0) >= config.stop.at_least

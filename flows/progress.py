@@ -62,7 +62,7 @@ class Progress:
         self._gap_max = 0.0
         self._started = self._step_started = time.perf_counter()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -84,7 +84,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._show("ended" if error is None else f"failed: {error}")
+        failure = f"failed: {error or (kind and kind.__name__)}"
+        self._show("ended" if kind is None else failure)
         self._bars.stop()
         self.board.close()
 

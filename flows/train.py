@@ -18,9 +18,8 @@ from .progress import Progress, RunSummary
 async def train(config: RunConfig) -> RunSummary:
     """Train for ``config.steps`` steps, from wherever this run last committed."""
     plan = await preflight(config)  # every mistake shows here, before an engine starts
-    with Progress(config, plan) as progress:
-        with only_writer(config, plan.run) as lease:
-            outcome = await from_the_log(config, lease, lambda plan: _train(config, plan, progress))
+    with only_writer(config, plan.run) as lease, Progress(config, plan) as progress:
+        outcome = await from_the_log(config, lease, lambda plan: _train(config, plan, progress))
         return progress.summary(outcome)
 
 

@@ -15,7 +15,7 @@ from rollflow.engines.platform import detect
 from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
-from rollflow.storage.prompts import load_prompts
+from rollflow.storage.prompts import PromptSet, load_prompts
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.runs import create_run
 
@@ -59,8 +59,10 @@ async def preflight(config: RunSettings) -> RunPlan:
     check_parallel(config)
     store = Store(config.store)
     prompts = load_prompts(store, config.data)
+    check_template("data", config.data, config.model.path, prompts)
     for dataset in config.evals:
-        load_prompts(store, dataset.data)
+        eval_prompts = load_prompts(store, dataset.data)
+        check_template(f"evals {dataset.name}", dataset.data, config.model.path, eval_prompts)
     _check_enough("data", config.data, len(prompts.prompts), config.rollout.batch_size)
     if prompts.skipped:
         print(
@@ -139,6 +141,8 @@ def check_hooks(config: RunSettings) -> None:
     for dataset in config.evals:
         if dataset.reward:
             load_hook(dataset.reward, "reward")
+        if dataset.generate:
+            load_hook(dataset.generate, "generate")
 
 
 def check_model(config: RunSettings) -> None:
@@ -159,6 +163,22 @@ def check_model(config: RunSettings) -> None:
     architectures = json.loads((folder / "config.json").read_text()).get("architectures")
     if not architectures:
         raise ValueError(f"model.path = {config.model.path!r}: config.json names no architectures")
+
+
+def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet) -> None:
+    """Chat messages can be rendered: the template is asked for, and there is one."""
+    if data.apply_chat_template:
+        folder = Path(model)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        if not settings.get("chat_template") and not any(folder.glob("chat_template.*")):
+            raise ValueError(
+                f"{field}.apply_chat_template = true but the tokenizer in {model!r} has no chat template"
+            )
+    elif chat := next((p for p in prompts.prompts if not isinstance(p.prompt, str)), None):
+        raise ValueError(
+            f"{field}.apply_chat_template = false but prompt {chat.prompt_id} is a list of chat "
+            "messages; set it to true"
+        )
 
 
 def check_parallel(config: RunSettings) -> None:

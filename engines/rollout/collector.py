@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,8 @@ class Collector:
         self.generated = 0
         """Samples so far; the tally has those that are scored."""
         self.tally = Tally()
+        self.errors: Counter[str] = Counter()
+        """Why samples failed, and how often each."""
         self.seconds = {"generate_s": 0.0, "score_s": 0.0, "write_s": 0.0}
 
     def adopt(self, group: list[Sample]) -> None:
@@ -119,6 +122,8 @@ class Collector:
     async def _finish_group(self, samples: list[Sample]) -> None:
         scored = list(await asyncio.gather(*(self._grader.score(s) for s in samples)))
         self.tally.add(scored)
+        failures = [s for s in scored if s.status is Status.FAILED]
+        self.errors.update(str(s.metadata.get("error", "")) for s in failures)
         self._finished.append(scored)
         await self._write_shard(at_least=self._shard_groups)
 

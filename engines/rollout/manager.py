@@ -20,7 +20,7 @@ from rollflow.storage.ledger import IssuedGroup, durable_groups, issue
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
-from rollflow.storage.samples import Prompt, Sample
+from rollflow.storage.samples import Prompt, Sample, Status
 from rollflow.storage.shards import ShardWriter
 
 from .client import GenerateClient
@@ -151,7 +151,14 @@ class RolloutManager:
             written = await asyncio.to_thread(find_batch, self._store, self._run, groups.step)
             if written is not None:
                 return written
-        ref = await self._commit(self._collector(groups.step), groups.step, None)
+        collector = self._collector(groups.step)
+        if collector.errors.total() == collector.generated:
+            [(error, count)] = collector.errors.most_common(1)
+            raise ValueError(
+                f"step {groups.step}: all {collector.generated} samples failed, {count} of them with "
+                f"{error!r}; nothing was committed, the run goes on once the cause is mended"
+            )
+        ref = await self._commit(collector, groups.step, None)
         del self._collectors[groups.step]
         return ref
 
@@ -302,7 +309,8 @@ class RolloutManager:
         found: dict[str, list[Sample]] = {}
         for sample in durable.samples:
             found.setdefault(sample.group_id, []).append(sample)
-        return found
+        # A group that failed as a whole is worth another try; anything else stays as it is.
+        return {k: v for k, v in found.items() if any(s.status is not Status.FAILED for s in v)}
 
     async def _commit(self, collector: Collector, step: int, name: str | None) -> BatchRef:
         parts = await collector.write()

@@ -112,7 +112,7 @@ class Row:
     """All weights from here to the next kill are those of the run that nobody killed."""
     lost: int
     """Durable samples that came out different or not at all, and samples not consumed once."""
-    seconds_to_training: float
+    seconds_to_training: float | None
     """From the kill until a step is committed that was not before."""
     note: str = ""
 

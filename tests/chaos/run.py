@@ -107,7 +107,7 @@ def _judge(
         until = kills[i + 1].step if i + 1 < len(kills) else len(baseline)
         steps = range(kill.step, until)
         equal = all(log.get(step) == baseline[step] for step in steps)
-        seconds = answer if isinstance(answer, float) else float("nan")
+        seconds = round(answer, 1) if isinstance(answer, float) else None
         note = "; ".join([*([answer] if isinstance(answer, str) else []), *findings])
         rows.append(
             Row(
@@ -118,7 +118,7 @@ def _judge(
                 recovered=isinstance(answer, float) and not ended,
                 digest_equal=equal,
                 lost=len(changed) + sum("sample" in f for f in findings),
-                seconds_to_training=round(seconds, 1),
+                seconds_to_training=seconds,
                 note=note,
             )
         )
@@ -153,7 +153,7 @@ def main() -> int:
     for row in rows:
         table.add_row(
             str(row.seed), row.process, row.phase, str(row.recovered), str(row.digest_equal),
-            str(row.lost), f"{row.seconds_to_training:.1f}", row.note[:60],
+            str(row.lost), str(row.seconds_to_training), row.note[:60],
         )  # fmt: skip
     console.print(table)
     good = sum(row.recovered and row.digest_equal and not row.lost and not row.note for row in rows)
