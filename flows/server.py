@@ -88,6 +88,8 @@ def _keep() -> None:
     """Start the server again, at the same address, whenever it has died."""
     while True:
         time.sleep(KEEP_EVERY_S)
+        if running():  # without the lock: a flow that is suspended must not hold it
+            continue
         try:
             _ensure()
         except (RuntimeError, OSError, Timeout) as error:
