@@ -87,6 +87,7 @@ def _start_private(namespace: str, temp_dir: str) -> None:
         logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
+        _system_config={"worker_niceness": 0},  # by default anything else starves the engines
         runtime_env={"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths)}},
     )
 
