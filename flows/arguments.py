@@ -58,7 +58,7 @@ def stored_settings(store_url: str, run: str) -> dict[str, Any]:
     """The settings that a run in a store was created with."""
     store = StoreConfig(url=store_url)
     record = read_run(Store(store), run)
-    return {**record.free, **record.config, "store": store.model_dump()}
+    return {**record.settings, "store": store.model_dump()}
 
 
 def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

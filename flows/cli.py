@@ -105,18 +105,18 @@ def demo(seed: int = 0, seconds_install: float = 0.0) -> None:
 
 
 @app.command
-def bench(steps: int = 30, output: Path = Path(".rollflow/bench.json")) -> None:
-    """Measure where an iteration's time goes, on the arithmetic recipe.
+def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.json")) -> None:
+    """Measure where an iteration's time goes and what the recovery from a kill takes.
 
     Parameters
     ----------
-    steps: iterations to measure.
+    only: parts to measure, all unless given: iteration, recovery.
     output: JSON file for the figures.
     """
     server.use_server()
     from .bench import run_bench
 
-    asyncio.run(run_bench(steps, output, console))
+    asyncio.run(run_bench(only or [], output, console))
 
 
 @app.command

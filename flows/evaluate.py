@@ -29,11 +29,12 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
         model = config.model.model_copy(update={"path": weights.path, "random_weights": False})
         config = config.model_copy(update={"model": model})
     version = weights.step + 1 if weights else 0
-    with only_writer(config, plan.run) as lease, Progress(config, plan) as progress:
+    async with only_writer(config, plan.run) as lease:
         plan = replace(plan, run=lease.run)
-        async with running_engines(config, plan, train=False) as engines:
-            await evaluate_weights(config, plan.run, engines, version, progress, always=True)
-        return progress.summary("evaluated")
+        with Progress(config, plan) as progress:
+            async with running_engines(config, plan, train=False) as engines:
+                await evaluate_weights(config, plan.run, engines, version, progress, always=True)
+            return progress.summary("evaluated")
 
 
 async def evaluate_weights(

@@ -75,7 +75,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._bars.start()
-        self._show("start engines")
+        self.show("start engines")
         return self
 
     def __exit__(
@@ -85,7 +85,7 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         failure = f"failed: {error or (kind and kind.__name__)}"
-        self._show("ended" if kind is None else failure)
+        self.show("ended" if kind is None else failure)
         self._bars.stop()
         self.board.close()
 
@@ -96,14 +96,17 @@ class Progress:
 
     async def time(self, phase: str, work: Awaitable[T]) -> T:
         """Await ``work`` and count its seconds to ``phase`` of the current step."""
-        self._show(phase)
+        self.show(phase)
         started = time.perf_counter()
         try:
             return await work
+        except Exception:
+            self.show(f"{phase} failed")
+            raise
         finally:
             self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
 
-    def _show(self, phase: str) -> None:
+    def show(self, phase: str) -> None:
         """Tell the person before the screen, and whoever reads the status file."""
         self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
         write_status(self._config.name, self._step, phase)

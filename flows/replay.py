@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from prefect import flow
 
 from rollflow.storage.config import StoreConfig
-from rollflow.tasks.engines import running_engines
-from rollflow.tasks.recompute import Difference, compare, read_log, scratch_plan
+from rollflow.tasks.engines import restore_checkpoint, running_engines
+from rollflow.tasks.recompute import Difference, Stretch, compare, read_log, scratch_plan
 from rollflow.tasks.train import train_step
 
 from .arguments import build_config
@@ -29,19 +29,23 @@ class Recomputation:
 async def recompute(store: StoreConfig, name: str) -> Recomputation:
     """Train every committed batch of a run again, no rollout engine started, from its first weights.
 
-    Nothing is written to the run.
+    Where the run went on on another number of ranks, so does this. Nothing is written to the run.
 
     Raises:
         ValueError: there is no such run, or a step's batch is not the one that its record names.
     """
     log = read_log(store, name)
-    config = build_config(log.settings)
-    differences: list[Difference] = []
     seconds: list[float] = []
-    async with running_engines(config, scratch_plan(store, name), rollout=False) as engines:
-        for entry in log.entries:
-            started = time.perf_counter()
-            result = await train_step(engines, entry.batch)
-            seconds.append(time.perf_counter() - started)
-            differences += compare(entry, result.weights_digest)
-    return Recomputation(differences, statistics.median(seconds) if seconds else 0.0)
+    recomputed: list[tuple[Stretch, dict[int, str]]] = []
+    for stretch in log.stretches():
+        config = build_config(stretch.settings(log))
+        plan = scratch_plan(store, name, stretch)
+        digests: dict[int, str] = {}
+        async with running_engines(config, plan, rollout=False) as engines:
+            await restore_checkpoint(config, plan, engines)
+            for entry in stretch.entries:
+                started = time.perf_counter()
+                digests[entry.step] = (await train_step(engines, entry.batch)).weights_digest
+                seconds.append(time.perf_counter() - started)
+        recomputed.append((stretch, digests))
+    return Recomputation(compare(log, recomputed), statistics.median(seconds) if seconds else 0.0)

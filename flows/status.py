@@ -37,6 +37,14 @@ def write_status(run: str, step: int, phase: str) -> None:
     temporary.replace(folder / f"{run}.json")
 
 
+def read_status(run: str) -> Status | None:
+    """The status of one run of the working folder; None where no flow of it ever ran here."""
+    try:
+        return Status(**json.loads((FOLDER / f"{run}.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
 def read_statuses() -> list[Status]:
     """All runs of the working folder, by name."""
     return [Status(**json.loads(file.read_text())) for file in sorted(FOLDER.glob("*.json"))]

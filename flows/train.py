@@ -3,7 +3,7 @@
 from prefect import flow
 
 from rollflow.tasks.checkpoint import save_checkpoint
-from rollflow.tasks.engines import running_engines
+from rollflow.tasks.engines import restore_checkpoint, running_engines
 from rollflow.tasks.preflight import RunPlan, preflight
 from rollflow.tasks.recovery import from_the_log, only_writer
 from rollflow.tasks.sync import sync_weights
@@ -18,9 +18,10 @@ from .progress import Progress, RunSummary
 async def train(config: RunConfig) -> RunSummary:
     """Train for ``config.steps`` steps, from wherever this run last committed."""
     plan = await preflight(config)  # every mistake shows here, before an engine starts
-    with only_writer(config, plan.run) as lease, Progress(config, plan) as progress:
-        outcome = await from_the_log(config, lease, lambda plan: _train(config, plan, progress))
-        return progress.summary(outcome)
+    async with only_writer(config, plan.run) as lease:
+        with Progress(config, plan) as progress:
+            outcome = await from_the_log(config, lease, lambda plan: _train(config, plan, progress))
+            return progress.summary(outcome)
 
 
 @flow(name="sft", flow_run_name="{config.name}")
@@ -37,8 +38,10 @@ async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
     """Train from ``plan`` to the end; how it ended."""
     if plan.next_step >= config.steps:
         return "finished already"
+    progress.show("start engines")
     async with running_engines(config, plan) as engines:
-        await sync_weights(engines, plan.next_step)
+        await progress.time("load checkpoint", restore_checkpoint(config, plan, engines))
+        await progress.time("sync", sync_weights(engines, plan.next_step))
         if await evaluate_weights(config, plan.run, engines, plan.next_step, progress):
             return "good enough already"
         good_enough = False

@@ -80,13 +80,19 @@ def acquire(
     """
     if ttl_s <= 0:
         raise ValueError(f"ttl_s is {ttl_s}; give a positive number of seconds")
+    newest = check_free(store, run)
+    return Lease(store, run, _claim(store, run, newest + 1, holder, ttl_s, process))
+
+
+def check_free(store: Store, run: RunRef) -> int:
+    """Give the newest epoch, whose lease is over; LeaseHeldError where it is not."""
     newest = newest_epoch(store, run)
     if newest:
         claim = read_claim(store, run, newest)
         until = _held_until(store, run, claim)
         if until is not None and time.time() <= until and not is_gone(claim.process):
             raise LeaseHeldError(run.name, claim, until)
-    return Lease(store, run, _claim(store, run, newest + 1, holder, ttl_s, process))
+    return newest
 
 
 class Lease:

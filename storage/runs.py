@@ -30,6 +30,14 @@ class RunRecord:
     created_at: str
     """UTC, ISO 8601."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """``config`` and ``free`` as one tree: all that the run was created with."""
+        both = {
+            key: {**self.free[key], **self.config[key]} for key in self.free if key in self.config
+        }
+        return {**self.free, **self.config, **both}
+
 
 class RunNotFound(ValueError):
     """There is no run of that name in the store."""

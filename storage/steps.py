@@ -11,7 +11,9 @@ from .objects import Store
 from .refs import RunRef, StepRef
 
 FORMAT = "rollflow.step/1"
-_SAME = ("batch_digest", "weights_digest", "ledger", "rng")
+_SAME = ("batch_digest", "ledger", "rng")
+FIRST_WEIGHTS = -1
+"""In place of a checkpoint's step: the weights that the run began with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,11 @@ class StepRecord:
     """UTC, ISO 8601."""
     epoch: int
     """Fencing epoch of the writer."""
+    layout: dict[str, int]
+    """How many ranks computed the step, and how the model was split over them; empty where the
+    record does not say. Weights are the same bit for bit within one layout, else up to rounding."""
+    restored_step: int
+    """Step of the checkpoint from which the trainer came here, or ``FIRST_WEIGHTS``."""
 
 
 def commit_step(
@@ -38,12 +45,15 @@ def commit_step(
     metrics: Mapping[str, float],
     ledger: Mapping[str, Any] | None = None,
     rng: Mapping[str, Any] | None = None,
+    layout: Mapping[str, int] | None = None,
+    restored_step: int = FIRST_WEIGHTS,
 ) -> StepRef:
     """Write the record of a step, after everything that it speaks of: commit point B.
 
     A step that is committed already with the same batch, weights, ledger and RNG gives the record
     that stands, with its own metrics (seconds differ when a step is done again). With others it is
-    a ManifestError that names what differs. LeaseLostError where the epoch of ``run`` is over.
+    a ManifestError that names what differs; weights may differ where ``layout`` does, for another
+    number of ranks rounds otherwise. LeaseLostError where the epoch of ``run`` is over.
     """
     url = step_url(run, step)
     record: Record = {
@@ -56,6 +66,8 @@ def commit_step(
         "metrics": pack_metrics(metrics),
         "ledger": dict(ledger or {}),
         "rng": dict(rng or {}),
+        "layout": dict(layout or {}),
+        "restored_step": restored_step,
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     check_fence(store, run)
@@ -63,7 +75,8 @@ def commit_step(
         store.put_new(url, seal(record))
     except FileExistsError:
         standing = unseal(store.get(url), url, FORMAT)
-        for key in _SAME:
+        same_layout = standing.get("layout", {}) == record["layout"]
+        for key in (*_SAME, *(("weights_digest",) if same_layout else ())):
             if standing[key] != record[key]:
                 raise ManifestError(
                     url, f"{key} {standing[key]}, as committed before", record[key]
@@ -80,9 +93,14 @@ def last_step(store: Store, run: RunRef) -> StepRef | None:
 
 def read_steps(store: Store, run: RunRef) -> list[StepRef]:
     """Give all committed steps in order, verified; ManifestError where one between is missing."""
+    return [record.ref for record in read_step_records(store, run)]
+
+
+def read_step_records(store: Store, run: RunRef) -> list[StepRecord]:
+    """Read the whole records of all committed steps in order, verified like ``read_steps``."""
     urls = [step_url(run, number) for number in step_numbers(store, run)]
     records = zip(urls, store.get_all(urls), strict=True)
-    return [_record(run, url, unseal(data, url, FORMAT)).ref for url, data in records]
+    return [_record(run, url, unseal(data, url, FORMAT)) for url, data in records]
 
 
 def read_step(store: Store, run: RunRef, step: int) -> StepRecord:
@@ -119,5 +137,11 @@ def _record(run: RunRef, url: str, record: Record) -> StepRecord:
         metrics=unpack_metrics(record["metrics"]),
     )
     return StepRecord(
-        ref, record["ledger"], record["rng"], record["committed_at"], record.get("epoch", 0)
+        ref,
+        record["ledger"],
+        record["rng"],
+        record["committed_at"],
+        record.get("epoch", 0),
+        record.get("layout", {}),
+        record.get("restored_step", FIRST_WEIGHTS),
     )

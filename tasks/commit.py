@@ -14,4 +14,13 @@ from rollflow.storage.steps import commit_step as commit
 async def commit_step(store: StoreConfig, batch: BatchRef, result: TrainResult) -> StepRef:
     """Write the step's record, after everything that it speaks of."""
     metrics = {**batch.metrics, **result.metrics}
-    return commit(Store(store), batch.run, batch.step, batch.digest, result.weights_digest, metrics)
+    return commit(
+        Store(store),
+        batch.run,
+        batch.step,
+        batch.digest,
+        result.weights_digest,
+        metrics,
+        layout=result.layout,
+        restored_step=result.restored_step,
+    )

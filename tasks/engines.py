@@ -39,9 +39,10 @@ class Engines:
 async def running_engines(
     config: RunSettings, plan: RunPlan, *, train: bool = True, rollout: bool = True
 ) -> AsyncIterator[Engines]:
-    """The engines, up and restored from the plan; stopped on the way out, whatever happened.
+    """The engines, up; stopped on the way out, whatever happened.
 
-    ``train`` and ``rollout`` tell which of the two sides are wanted.
+    ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
+    first weights until :func:`restore_checkpoint`.
     """
     ref = cluster.connect(config.cluster, plan.run.name)
     engines = Engines(
@@ -60,7 +61,7 @@ async def running_engines(
 
 @task(name="start engines", cache_policy=NO_CACHE)
 async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
-    """Start trainer and rollout side by side, restore the checkpoint, push its weights."""
+    """Start trainer and rollout side by side."""
     platform = detect(config.cluster.device)
     timeout_s = config.cluster.start_timeout_s
     starts = []
@@ -136,6 +137,12 @@ async def _start_trainer(
         )
     master = await cluster.call(engines.ranks[0], "address", timeout_s=timeout_s)
     await cluster.call(engines.ranks, "setup", master[0], timeout_s=timeout_s)
+
+
+@task(name="restore checkpoint", cache_policy=NO_CACHE)
+async def restore_checkpoint(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
+    """Bring the trainer to the plan's checkpoint; without one it keeps the first weights."""
+    timeout_s = config.cluster.start_timeout_s
     await cluster.call(engines.ranks, "restore", plan.checkpoint, timeout_s=timeout_s)
 
 

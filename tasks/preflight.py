@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines.hooks import load_hook
+from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.engines.platform import detect
 from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
@@ -35,6 +37,9 @@ PACKAGES = (
 )
 MAY_CHANGE = ("steps", "cluster", "checkpoint", "store", "evals", "stop", "gates")
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
+LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL}
+"""Settings, by table, of how the model is spread over ranks: they may differ too, for they change
+what a step computes by rounding alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,9 @@ async def preflight(config: RunSettings) -> RunPlan:
             f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped: {prompts.skipped[0]}"
         )
     decides = identity(config)
-    rest = {k: v for k, v in config.model_dump(mode="json").items() if k not in decides}
-    run = create_run(store, config.name, decides, versions(), code_revision(), rest)
+    run = create_run(
+        store, config.name, decides, versions(), code_revision(), the_rest(config, decides)
+    )
     return find_plan(config, run)
 
 
@@ -94,7 +100,19 @@ def identity(config: RunSettings) -> dict[str, Any]:
     trainer = config.trainer
     follows_steps = trainer.lr_decay_style != "constant" and not trainer.lr_decay_steps
     free = [key for key in MAY_CHANGE if key != "steps" or not follows_steps]
-    return {key: value for key, value in tree.items() if key not in free}
+    decides = {key: value for key, value in tree.items() if key not in free}
+    for table, names in LAYOUT.items():
+        decides[table] = {k: v for k, v in decides[table].items() if k not in names}
+    return decides
+
+
+def the_rest(config: RunSettings, decides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not in ``decides``, table by table."""
+    tree = config.model_dump(mode="json")
+    rest = {key: value for key, value in tree.items() if key not in decides}
+    for table, names in LAYOUT.items():
+        rest[table] = {k: v for k, v in tree[table].items() if k in names}
+    return rest
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """One writer per run, and what happens when an engine is lost: go on from the log."""
 
 import asyncio
+import hashlib
 import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
-from prefect import get_run_logger
+from prefect import get_client, get_run_logger
+from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
 from ray.exceptions import RayError
 
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
@@ -23,22 +25,63 @@ from .preflight import RunPlan, find_plan
 from .settings import RunSettings
 
 T = TypeVar("T")
+SHORTEST_SLOT_S = 60.0
 LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, GenerationError, RayError)
 """Faults of processes and machines. A gate or a damaged log is none: trying again cannot help."""
 
 
-@contextmanager
-def only_writer(config: RunSettings, run: RunRef) -> Iterator[Lease]:
+@asynccontextmanager
+async def only_writer(config: RunSettings, run: RunRef) -> AsyncIterator[Lease]:
     """Hold the run's lease, renewed from a thread.
+
+    A store that ignores conditional puts cannot decide between two flows that start in the same
+    instant: there a concurrency limit of the Prefect server, one slot a run, is held as well.
 
     Raises:
         LeaseHeldError: another flow writes this run; names holder, host and until when.
+        DeadlineError: the run's slot in Prefect was not free in time; names the limit.
     """
+    store = Store(config.store)
     holder = f"{config.name} (pid {os.getpid()})"
-    with leases.kept(
-        leases.acquire(Store(config.store), run, holder, config.cluster.lease_s)
-    ) as lease:
-        yield lease
+    leases.check_free(store, run)
+    async with AsyncExitStack() as held:
+        if not leases.probe_conditional_puts(store):
+            await held.enter_async_context(_slot(run, config.cluster.lease_s))
+        lease = leases.acquire(store, run, holder, config.cluster.lease_s)
+        yield held.enter_context(leases.kept(lease))
+
+
+@asynccontextmanager
+async def _slot(run: RunRef, lease_s: float) -> AsyncIterator[None]:
+    """The one slot of the run's concurrency limit, kept by renewal; a dead holder's expires."""
+    name = slot_name(run)
+    _say(
+        f"{run.name}: {run.url} ignores conditional puts; the Prefect concurrency limit {name!r} "
+        "keeps a second flow from starting"
+    )
+    async with get_client() as client:
+        await client.upsert_global_concurrency_limit_by_name(name, 1)
+    slot_s = max(SHORTEST_SLOT_S, lease_s)  # Prefect accepts no shorter one
+    wait_s = 1.5 * slot_s
+    try:
+        async with concurrency(name, timeout_seconds=wait_s, lease_duration=slot_s, strict=True):
+            yield
+    except AcquireConcurrencySlotTimeoutError as error:
+        raise DeadlineError(
+            f"waited {wait_s:.0f} s for the one slot of the Prefect concurrency limit {name!r}: "
+            f"another flow writes run {run.name!r}; wait for it, stop it, or give this run another name"
+        ) from error
+
+
+def slot_name(run: RunRef) -> str:
+    """Name of the concurrency limit of a run: one for each store and name."""
+    digest = hashlib.sha256(run.url.encode()).hexdigest()[:12]
+    return f"rollflow-writer-{run.name}-{digest}"
+
+
+def _say(text: str) -> None:
+    get_run_logger().warning(text)
+    print(text)
 
 
 async def from_the_log(
@@ -65,8 +108,8 @@ async def from_the_log(
             reached = max(reached, committed)
             if failures > config.cluster.max_recoveries:
                 raise
-            get_run_logger().warning("going on from step %d of the log: %s", committed + 1, error)
-            print(
-                f"{config.name}: {error}; going on from the log ({failures} of {config.cluster.max_recoveries})"
+            _say(
+                f"{config.name}: {error}; going on from step {committed + 1} of the log "
+                f"({failures} of {config.cluster.max_recoveries})"
             )
             lease.advance()

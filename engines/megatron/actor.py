@@ -6,7 +6,7 @@ each call by its verb on every rank; what a call gives is the same on all of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollflow.engines.algorithms.config import AlgorithmConfig
@@ -17,8 +17,10 @@ from rollflow.storage.lease import check_fence
 from rollflow.storage.manifests import read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
+from rollflow.storage.steps import FIRST_WEIGHTS
 
 from .config import GatesConfig, TrainerConfig
+from .settings import PARALLEL
 
 if TYPE_CHECKING:
     from .rank import Rank
@@ -33,6 +35,10 @@ class TrainResult:
     weights_digest: str
     version: int
     """Of the weights that came out: the batch's step + 1."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """``ranks`` and the parallel sizes that were asked for, by megatron-core's names."""
+    restored_step: int = FIRST_WEIGHTS
+    """Step of the checkpoint that the trainer started from."""
 
 
 class TrainerRank:
@@ -61,6 +67,7 @@ class TrainerRank:
         self._live: Rank | None = None
         self._trained: tuple[tuple[int, str], TrainResult] | None = None
         self._version = 0
+        self._restored_step = FIRST_WEIGHTS
 
     def address(self, host: str = "127.0.0.1") -> str:
         """Where the ranks meet, ``host:port``; called on rank 0, before :meth:`setup` of all."""
@@ -97,9 +104,11 @@ class TrainerRank:
         self._trained = None
         if checkpoint is None:
             self._version = 0
+            self._restored_step = FIRST_WEIGHTS
         else:
             self._rank_live.load(self._store, checkpoint)
             self._version = checkpoint.step + 1
+            self._restored_step = checkpoint.step
         return self._version
 
     def train(self, batch: BatchRef) -> TrainResult:
@@ -125,7 +134,9 @@ class TrainerRank:
         samples = read_batch(self._store, batch)
         metrics = self._rank_live.train(samples, batch.step)
         self._version = batch.step + 1
-        result = TrainResult(metrics, self._rank_live.digest(), self._version)
+        result = TrainResult(
+            metrics, self._rank_live.digest(), self._version, self._layout(), self._restored_step
+        )
         self._trained = (name, result)
         return result
 
@@ -156,6 +167,11 @@ class TrainerRank:
         if self._live is not None:
             self._live.leave()
             self._live = None
+
+    def _layout(self) -> dict[str, int]:
+        megatron = self._settings[2]
+        sizes = {name: int(megatron[name]) for name in PARALLEL if name in megatron}
+        return {"ranks": self._world_size, **sizes}
 
     @property
     def _rank_live(self) -> Rank:

@@ -13,7 +13,7 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.manifests import find_batch, read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
-from rollflow.storage.steps import read_steps
+from rollflow.storage.steps import read_step_records, read_steps
 from tests.chaos.harness import left_behind
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -185,6 +185,15 @@ def test_a_run_is_not_continued_with_other_settings(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "megatron.lr" in done.stderr
+
+
+def test_a_run_goes_on_on_another_number_of_ranks_and_can_still_be_recomputed(folder, stored):
+    store, run = stored
+    rollflow(folder, "train", "run.toml", "--steps", "5", "--trainer.ranks", "1")
+    records = read_step_records(store, run)
+    assert [r.layout["ranks"] for r in records] == [2, 2, 2, 2, 1]
+    assert records[4].restored_step == 3
+    assert "0 differences" in rollflow(folder, "audit", "loop", "--recompute")
 
 
 def test_supervised_training_needs_no_server(folder):

@@ -115,6 +115,18 @@ def test_a_step_that_came_out_different_is_refused_by_name(store, run, change):
         commit_step(store, run, 0, **(first | change))
 
 
+def test_a_step_done_again_on_another_layout_may_round_otherwise(store, run):
+    two = {"layout": {"ranks": 2}}
+    one = {"layout": {"ranks": 1}, "restored_step": 4}
+    first = commit_step(store, run, 0, "batch", "weights", {}, **two)
+    assert commit_step(store, run, 0, "batch", "other weights", {}, **one) == first
+    with pytest.raises(ManifestError, match="batch_digest"):
+        commit_step(store, run, 0, "other batch", "weights", {}, **one)
+    with pytest.raises(ManifestError, match="weights_digest"):
+        commit_step(store, run, 0, "batch", "other weights", {}, **two)
+    assert read_step(store, run, 0).layout == {"ranks": 2}
+
+
 def test_a_missing_step_and_a_misplaced_one_are_named(store, run):
     for step in range(3):
         commit_step(store, run, step, "b", "w", {})

@@ -66,7 +66,7 @@ async def test_the_whole_configuration_is_stored_with_the_run(tree):
     plan = await preflight.fn(config)
     assert plan.next_step == 0
     record = read_run(Store(config.store), "run")
-    assert build_config({**record.free, **record.config}) == config
+    assert build_config(record.settings) == config
     assert record.versions["torch"].startswith("2.")
 
 
@@ -75,3 +75,12 @@ async def test_steps_decide_where_the_learning_rate_decays_until_the_last(tree):
     await preflight.fn(build_config(overlay(tree, decaying)))
     with pytest.raises(ValueError, match="steps: 3 -> 4"):
         await preflight.fn(build_config(overlay(tree, [*decaying, "--steps", "4"])))
+
+
+async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate(tree):
+    words = ["--cluster.device", "cpu", "--trainer.ranks"]
+    await preflight.fn(build_config(overlay(tree, [*words, "2"])))
+    plan = await preflight.fn(build_config(overlay(tree, [*words, "1"])))
+    assert plan.next_step == 0
+    with pytest.raises(ValueError, match="megatron.lr"):
+        await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))

@@ -30,10 +30,10 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def lease(config, monkeypatch):
+async def lease(config, monkeypatch):
     monkeypatch.setattr(recovery, "get_run_logger", lambda: __import__("logging").getLogger())
     run = create_run(Store(config.store), config.name, {}, {}, "")
-    with only_writer(config, run) as lease:
+    async with only_writer(config, run) as lease:
         yield lease
 
 
@@ -84,9 +84,10 @@ async def test_what_is_no_fault_of_an_engine_is_not_tried_again(config, lease):
         await from_the_log(config, lease, work)
 
 
-def test_a_second_writer_is_refused_by_the_name_of_the_first(config, lease):
-    with pytest.raises(leases.LeaseHeldError, match="'run'"), only_writer(config, lease.run):
-        pass
+async def test_a_second_writer_is_refused_by_the_name_of_the_first(config, lease):
+    with pytest.raises(leases.LeaseHeldError, match="'run'"):
+        async with only_writer(config, lease.run):
+            pass
 
 
 async def test_an_attempt_that_was_given_up_cannot_commit(config, lease):

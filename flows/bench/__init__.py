@@ -1,0 +1,42 @@
+"""``rollflow bench``: figures that a command prints, with real engines on this machine.
+
+Each part is a module with ``async def measure(console) -> dict``: it prints what it found and
+gives the facts, which go to ``.rollflow/bench.json``.
+"""
+
+import importlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+PARTS = ("iteration", "recovery")
+"""Modules of this folder, in the order in which they run."""
+TOP = "iteration"
+"""The part whose facts stand at the top of the file; the others have a key of their own."""
+
+
+async def run_bench(only: Sequence[str], output: Path, console: Console) -> None:
+    """Measure the parts named in ``only``, or all; print and write the figures.
+
+    Figures of other parts that the file holds already stay.
+
+    Raises:
+        ValueError: there is no part of that name.
+    """
+    for name in only:
+        if name not in PARTS:
+            raise ValueError(f"--only {name}: no such part; there are {', '.join(PARTS)}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
+    facts |= {"cores": os.cpu_count(), "machine": platform.machine()}
+    for name in only or PARTS:
+        part = importlib.import_module(f".{name}", __package__)
+        found = await part.measure(console)
+        facts |= found if name == TOP else {name: found}
+        output.write_text(json.dumps(facts, indent=2))
+    console.print(f"Figures: {output}")
