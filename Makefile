@@ -1,15 +1,16 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check chaos bench clean
+.PHONY: help install demo test check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
+S3 := .venv-s3
 
 help:                   ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(INSTALLED)   ## Create .venv with everything that runs on a CPU
 
@@ -26,8 +27,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: $(INSTALLED)      ## Train a tiny model on arithmetic, end to end, on this machine
 	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED))
 
-test: $(INSTALLED)      ## Run the whole test suite
+test: $(INSTALLED) s3-servers  ## Run the whole test suite
 	@$(BIN)/pytest
+
+stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slow S3 server too (5 minutes)
+	@ROLLFLOW_TEST_STORES="file memory rclone moto" $(BIN)/pytest tests/storage
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
 	@$(BIN)/ruff check .
@@ -41,5 +45,12 @@ chaos: $(INSTALLED)     ## Kill processes of a training 72 times and judge each 
 bench: $(INSTALLED)     ## Print where an iteration's time goes
 	@$(BIN)/rollflow bench
 
+s3-servers: $(S3)/.installed  ## Create .venv-s3 with the S3 servers that the tests run against
+
+$(S3)/.installed: requirements-s3.lock
+	@set -e; test -x $(S3)/bin/python || $(PYTHON) -m venv $(S3); \
+	$(S3)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-s3.lock; \
+	touch $@
+
 clean:                  ## Remove the environment and everything that runs wrote here
-	rm -rf $(VENV) .rollflow
+	rm -rf $(VENV) $(S3) .rollflow

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
+from rollflow.storage.refusals import CREDENTIALS
 from rollflow.storage.runs import read_run
 
 from .config import RunConfig
@@ -134,7 +135,7 @@ def _explain(error: dict[str, Any]) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
         return f"{place} is not a setting; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    if not place or error["type"] == "missing":
+    if not place or error["type"] == "missing" or CREDENTIALS in message:  # show no secret
         return f"{place}: {message}".removeprefix(": ")
     return f"{place} = {error['input']!r}: {message}"
 

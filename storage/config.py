@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from .refusals import CREDENTIALS, refuse_secrets
 
 
 class Config(BaseModel):
@@ -14,15 +16,31 @@ class Config(BaseModel):
 class StoreConfig(Config):
     """Where runs are kept."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     url: str = ".rollflow/store"
     """Any fsspec URL: a folder, ``s3://bucket/prefix``, ``memory://...``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """fsspec storage options, e.g. ``{endpoint_url = "http://127.0.0.1:9000"}``. Credentials do not
     belong here: they come from the environment or the provider's standard chain."""
-    max_retries: int = Field(default=5, ge=0)
+    max_retries: int = Field(default=7, ge=0)
     """Times that an operation is tried again after a transient fault of the store."""
     retry_backoff_s: float = Field(default=0.2, gt=0)
     """Pause before the first retry; each further one doubles."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_has_no_secret(cls, url: str) -> str:
+        user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+        if at and ":" in user:
+            raise ValueError(f"the address holds a password; {CREDENTIALS}")
+        return url
+
+    @field_validator("options")
+    @classmethod
+    def _options_have_no_secret(cls, options: dict[str, Any]) -> dict[str, Any]:
+        refuse_secrets(options)
+        return options
 
 
 class DataConfig(Config):

@@ -53,7 +53,7 @@ def json_digest(value: object) -> str:
     return sha256_hex(text.encode())
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | memoryview) -> str:
     """Give the sha256 of bytes as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
 

@@ -8,12 +8,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
 
+from . import s3
 from .config import StoreConfig
+from .refusals import explained, is_missing_bucket
 from .retries import with_retries
 
 T = TypeVar("T")
@@ -32,7 +36,8 @@ class Store:
 
     Every ``path`` is relative to ``root`` or a URL below it; anything else is a ValueError. A
     reader sees an object complete or not at all. Transient faults are retried within the bounds of
-    the config, then raise ``StoreError``; a missing object raises ``FileNotFoundError``.
+    the config, then raise ``StoreError``; a missing object raises ``FileNotFoundError``; what only a
+    person can mend (credentials, a missing bucket, a full disk) raises ``StoreRefused``.
     """
 
     def __init__(self, config: StoreConfig) -> None:
@@ -40,10 +45,14 @@ class Store:
         """URL of the store without a slash at the end; a local one is an absolute path."""
         self.config = config.model_copy(update={"url": self.root})
         """The config with the normalised URL: what to hand to another process."""
+        self._is_s3 = _protocol(self.root) in s3.PROTOCOLS
         # A cached listing would hide what another process has committed.
-        options = {"use_listings_cache": False, **config.options}
-        self._fs, _ = fsspec.url_to_fs(self.root, **options)
+        self._options = {"use_listings_cache": False, **_fs_options(self.root, config.options)}
+        self._fs, _ = fsspec.url_to_fs(self.root, **self._options)
         self._local = isinstance(self._fs, LocalFileSystem)
+        self._bulk = s3.BulkReader(config.options)
+        if self._is_s3:
+            cast(Any, self._fs).retries = 1  # the store's own retries are the only ones
 
     def join(self, *parts: str) -> str:
         """Give the URL of ``parts`` below the root (the first may itself be a URL below it)."""
@@ -70,7 +79,9 @@ class Store:
             return self._write(
                 "write", path, lambda p: _write_local(Path(p), _writes(data), os.replace)
             )
-        return self._write("write", path, lambda p: self._fs.pipe_file(p, data))
+        return self._write(
+            "write", path, lambda p: self._fs.pipe_file(p, data, **self._put_options(data))
+        )
 
     def put_new(self, path: str, data: bytes) -> str:
         """Write an object that must not exist yet; give its URL.
@@ -99,7 +110,11 @@ class Store:
                 "create", path, lambda p: _write_local(Path(p), _writes(data), _link)
             )
         try:
-            return self._write("create", path, lambda p: self._fs.pipe_file(p, data, mode="create"))
+            return self._write(
+                "create",
+                path,
+                lambda p: self._fs.pipe_file(p, data, mode="create", **self._put_options(data)),
+            )
         except OSError as error:  # a refused condition is EINVAL where the server does not name it
             if error.errno == errno.EINVAL and self.exists(path):
                 raise FileExistsError(errno.EEXIST, str(error), self.join(path)) from error
@@ -111,11 +126,31 @@ class Store:
             return self._write(
                 "write", path, lambda p: _write_local(Path(p), _copies(source), os.replace)
             )
-        return self._write("write", path, lambda p: self._fs.put_file(str(source), p))
+        if self._is_s3 and source.stat().st_size < s3.SINGLE_PUT_BYTES:
+            return self.put_atomic(path, source.read_bytes())
+        size = {"chunksize": s3.PART_BYTES} if self._is_s3 else {}
+        return self._write("write", path, lambda p: self._fs.put_file(str(source), p, **size))
 
     def get(self, path: str) -> bytes:
         """Read a whole object."""
         return self._call("read", path, self._fs.cat_file)
+
+    def get_buffer(self, path: str) -> pa.Buffer:
+        """Read a whole object of many megabytes by the fastest way there is to it."""
+        if self._is_s3:
+            fs_path = cast(str, self._fs._strip_protocol(self.join(path)))
+            if (buffer := self._bulk.read(fs_path)) is not None:
+                return buffer
+        return pa.py_buffer(self.get(path))
+
+    def arrow_place(self, path: str) -> tuple[pafs.FileSystem, str]:
+        """Give what pyarrow needs to scan an object by columns: a file system and a path in it."""
+        fs_path = cast(str, self._fs._strip_protocol(self.join(path)))
+        if self._local:
+            return pafs.LocalFileSystem(use_mmap=True), fs_path
+        if self._is_s3:
+            return self._bulk.filesystem(), fs_path
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self._fs)), fs_path
 
     def get_all(self, paths: Sequence[str]) -> Blobs:
         """Read many small objects at once, in the order of ``paths``."""
@@ -155,7 +190,9 @@ class Store:
         def names(p: str) -> Names:
             try:
                 return self._fs.ls(p, detail=False)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if is_missing_bucket(error):
+                    raise
                 return []
 
         found = self._call("list", prefix, names)
@@ -195,7 +232,7 @@ class Store:
         the URL has the store's protocol.
         """
         url = normalised_url(url)
-        options = self.config.options if _protocol(url) == _protocol(self.root) else {}
+        options = self._options if _protocol(url) == _protocol(self.root) else {}
 
         def opened() -> BinaryIO:
             file = fsspec.open(url, "rb", compression="infer", **options)
@@ -218,12 +255,21 @@ class Store:
         return self._retry(verb, url, lambda: call(cast(str, fs_path)))
 
     def _retry(self, verb: str, url: str, call: Callable[[], T]) -> T:
-        return with_retries(
-            call,
-            what=f"store: {verb} {url}",
-            max_retries=self.config.max_retries,
-            backoff_s=self.config.retry_backoff_s,
-        )
+        what = f"store: {verb} {url}"
+        try:
+            return with_retries(
+                call,
+                what=what,
+                max_retries=self.config.max_retries,
+                backoff_s=self.config.retry_backoff_s,
+            )
+        except Exception as error:
+            if clear := explained(error, what, url):
+                raise clear from error
+            raise
+
+    def _put_options(self, data: bytes) -> dict[str, Any]:
+        return s3.put_options(data) if self._is_s3 else {}
 
 
 def normalised_url(url: str) -> str:
@@ -240,6 +286,10 @@ def normalised_url(url: str) -> str:
     if not rest.strip("/"):
         raise ValueError(f"url {url!r} names no place; give {scheme}://<bucket or folder>")
     return f"{scheme}://{rest.strip('/')}"
+
+
+def _fs_options(url: str, options: dict[str, Any]) -> dict[str, Any]:
+    return s3.filesystem_options(options) if _protocol(url) in s3.PROTOCOLS else dict(options)
 
 
 def _protocol(url: str) -> str:

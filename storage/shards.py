@@ -82,12 +82,12 @@ def read_part(store: Store, folder: str, part: Part) -> pa.Table:
     """Read a part and verify bytes, checksum, schema and rows; ManifestError names what differs."""
     url = store.join(folder, part.name)
     try:
-        data = store.get(url)
+        data = store.get_buffer(url)
     except FileNotFoundError as error:
         raise ManifestError(url, f"{part.bytes} bytes", "no such object") from error
-    if len(data) != part.bytes:
-        raise ManifestError(url, f"{part.bytes} bytes", f"{len(data)} bytes")
-    if (found := sha256_hex(data)) != part.sha256:
+    if data.size != part.bytes:
+        raise ManifestError(url, f"{part.bytes} bytes", f"{data.size} bytes")
+    if (found := sha256_hex(memoryview(data))) != part.sha256:
         raise ManifestError(url, f"sha256 {part.sha256}", f"sha256 {found}")
     table = decode(data, url)
     if table.num_rows != part.rows:
@@ -124,7 +124,7 @@ def encode(table: pa.Table) -> bytes:
     return _reseal(data, _BLANK, sha256_hex(data).encode())
 
 
-def decode(data: bytes, name: str) -> pa.Table:
+def decode(data: bytes | pa.Buffer, name: str) -> pa.Table:
     """Read an Arrow IPC file of schema v1; ManifestError names the object otherwise."""
     try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()

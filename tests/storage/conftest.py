@@ -1,7 +1,8 @@
-"""Real stores, on disk and in memory, and samples to put into them."""
+"""Real stores, on disk, in memory and on two S3 servers, and samples to put into them."""
 
+import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -11,12 +12,57 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.samples import Sample, Status
 from rollflow.storage.shards import ShardWriter
+from tests.object_stores import BUCKET, ENVIRONMENT, Kind, ObjectStoreServer, install
+
+STORES = os.environ.get("ROLLFLOW_TEST_STORES", "file memory rclone").split()
+"""Where every test with a ``store`` runs; moto answers ten times as slowly as rclone."""
+ALL_STORES = ["file", "memory", "rclone", "moto"]
+"""Where the tests of the object client itself run."""
 
 
-@pytest.fixture(params=["file", "memory"])
+def pytest_generate_tests(metafunc) -> None:
+    if "store" in metafunc.fixturenames:
+        kinds = ALL_STORES if metafunc.module.__name__.endswith("test_objects") else STORES
+        metafunc.parametrize("store", kinds, indirect=True)
+
+
+@pytest.fixture
 def store(request, tmp_path) -> Store:
-    place = str(tmp_path / "store") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
-    return Store(StoreConfig(url=place))
+    place = uuid.uuid4().hex
+    if request.param == "file":
+        return Store(StoreConfig(url=str(tmp_path / "store")))
+    if request.param == "memory":
+        return Store(StoreConfig(url=f"memory://{place}"))
+    return s3_store(request.getfixturevalue(request.param), place)
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory) -> Iterator[ObjectStoreServer]:
+    yield from serving("rclone", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory) -> Iterator[ObjectStoreServer]:
+    yield from serving("moto", tmp_path_factory)
+
+
+def serving(kind: Kind, tmp_path_factory) -> Iterator[ObjectStoreServer]:
+    install()
+    server = ObjectStoreServer(kind, tmp_path_factory.mktemp(kind) / "objects")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("AWS_"):
+                patch.delenv(name)
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        server.start()
+        yield server
+    server.kill()
+
+
+def s3_store(server: ObjectStoreServer, prefix: str, **changes) -> Store:
+    url, options = f"s3://{BUCKET}/{prefix}", {"endpoint_url": server.endpoint}
+    return Store(StoreConfig(url=url, options=options, **changes))
 
 
 @pytest.fixture

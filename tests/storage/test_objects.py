@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from rollflow.storage import s3
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store, normalised_url
 from rollflow.storage.retries import StoreError
@@ -76,6 +77,29 @@ def test_files_go_in_and_out_and_their_checksum_is_known(store, tmp_path):
     store.get_file("f/1", tmp_path / "new" / "out")
     assert (tmp_path / "new" / "out").read_bytes() == source.read_bytes()
     assert store.checksum("f/1") == (3000, hashlib.sha256(b"abc" * 1000).hexdigest())
+
+
+def test_a_large_object_goes_up_in_parts_and_comes_down_by_every_way(store, tmp_path):
+    data = bytes(range(256)) * (s3.SINGLE_PUT_BYTES // 256 + 1)
+    (tmp_path / "in").write_bytes(data)
+    url = store.put_file("large", tmp_path / "in")
+    assert store.get(url) == data
+    assert store.get_buffer(url).to_pybytes() == data
+    assert store.checksum(url)[0] == len(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["ü n", "a#1", "50%20", "q?x=1&y", "a+b=c", "[a]*", "'\"$(x)", "日本"]
+)
+def test_names_with_odd_characters_are_names_like_others(store, name):
+    url = store.put_new(f"{name}/{name}", b"1")
+    store.put_atomic(url, b"2")
+    assert store.get(url) == store.get(f"{name}/{name}") == b"2"
+    assert store.get_buffer(url).to_pybytes() == b"2"
+    assert store.list(name) == [url]
+    assert store.children(name) == store.children() == [name]
+    store.delete(url)
+    assert not store.exists(url)
 
 
 @pytest.mark.parametrize("path", ["/elsewhere/x", "s3://other/x", "../x", "a/../../x"])
