@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,9 @@ test: $(INSTALLED) s3-servers  ## Run the whole test suite
 
 stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slow S3 server too (5 minutes)
 	@ROLLFLOW_TEST_STORES="file memory rclone moto" $(BIN)/pytest tests/storage
+
+parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in every variant (4 minutes)
+	@ROLLFLOW_PARITY=all $(BIN)/pytest tests/engines/megatron/test_parallel.py tests/engines/megatron/test_reshard.py -s
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
 	@$(BIN)/ruff check .

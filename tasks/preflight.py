@@ -35,6 +35,7 @@ PACKAGES = (
     "prefect",
     "pyarrow",
 )
+PARALLEL = ("tensor_model", "pipeline_model", "context", "expert_model")
 MAY_CHANGE = ("steps", "cluster", "checkpoint", "store", "evals", "stop", "gates")
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
 LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL}
@@ -201,18 +202,18 @@ def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet)
 
 def check_parallel(config: RunSettings) -> None:
     """The ranks can be laid out as the ``[megatron]`` table asks."""
-    size = 1
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
+    size = {name: int(config.megatron.get(f"{name}_parallel_size", 1)) for name in PARALLEL}
+    tensor = size["tensor_model"]
+    experts = size["expert_model"] * int(config.megatron.get("expert_tensor_parallel_size", tensor))
+    for words, width in (
+        ("tensor x pipeline x context", tensor * size["pipeline_model"] * size["context"]),
+        ("expert x expert tensor x pipeline", experts * size["pipeline_model"]),
     ):
-        size *= int(config.megatron.get(name, 1))
-    if config.trainer.ranks % size:
-        raise ValueError(
-            f"trainer.ranks = {config.trainer.ranks} is no multiple of {size} "
-            "(tensor x pipeline x context parallel size in [megatron])"
-        )
+        if width < 1 or config.trainer.ranks % width:
+            raise ValueError(
+                f"trainer.ranks = {config.trainer.ranks} is no multiple of {width} ({words} "
+                "parallel size in [megatron]); change one of them"
+            )
 
 
 def _check_enough(field: str, data: DataConfig, rows: int, wanted: int) -> None:

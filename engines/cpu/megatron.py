@@ -38,10 +38,15 @@ def install() -> None:
             f"{TESTED}; install that one"
         )
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     if not isinstance(random._CUDA_RNG_STATE_TRACKER, CpuRngTracker):
         random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
         random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+        # Recomputed activations draw the same random numbers again.
+        random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+        random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_on_a_cpu
 
 
 @contextlib.contextmanager
@@ -50,15 +55,15 @@ def cuda_means_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    current_device, synchronize = torch.cuda.current_device, torch.cuda.synchronize
-    torch.cuda.current_device = _cpu_device
-    torch.cuda.synchronize = _no_wait
+    before = {name: getattr(torch.cuda, name) for name in _INSTEAD}
     try:
+        for name, instead in _INSTEAD.items():
+            setattr(torch.cuda, name, instead)
         with _CudaMeansCpu():
             yield
     finally:
-        torch.cuda.current_device = current_device
-        torch.cuda.synchronize = synchronize
+        for name, original in before.items():
+            setattr(torch.cuda, name, original)
 
 
 class CpuRngTracker:
@@ -126,9 +131,36 @@ class _CudaMeansCpu(TorchFunctionMode):
         return answer
 
 
-def _cpu_device() -> torch.device:
-    return torch.device("cpu")
+class _Stream:
+    """The only order in which a CPU computes: nothing runs beside anything, nothing is waited for."""
+
+    def wait_stream(self, stream: Any) -> None:
+        return None
+
+    def record_event(self) -> Any:
+        return self
+
+    def synchronize(self) -> None:
+        return None
+
+
+_THE_STREAM = _Stream()
+
+
+def _as_on_a_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Token counts that megatron-core brings from the GPU: collectives take numpy's, not tensors."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _no_wait(device: Any = None) -> None:
     return None
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    "current_device": lambda: torch.device("cpu"),
+    "synchronize": _no_wait,
+    "Stream": lambda *_, **__: _THE_STREAM,
+    "current_stream": lambda device=None: _THE_STREAM,
+    "stream": lambda stream: contextlib.nullcontext(),
+}
+"""Functions of ``torch.cuda`` that megatron-core calls wherever it runs."""

@@ -1,12 +1,12 @@
 """From samples to packed micro-batches: who computes which tokens.
 
 Every rank makes the same plan from the whole batch and keeps its part, so no rank has to tell
-another what it holds. Rows are spread by length over the data parallel ranks, then packed into
+another what it holds. Rows are spread by cost over the data parallel ranks, then packed into
 micro-batches within the token budget; every rank gets the same number of micro-batches.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from rollflow.engines.algorithms.policy import compute_advantages, needs
 from rollflow.engines.algorithms.reduction import sample_weights
 from rollflow.storage.samples import Sample, Status
 
-from .attention import PackedSequences, pack
+from .attention import Layout, PackedSequences, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed rows: ``T`` tokens go in, ``M`` of them have a next token that is trained on."""
+    """Packed rows: ``T`` tokens go in, ``M`` of them have a next token that is trained on.
+
+    Context parallel ranks hold parts of the ``T`` tokens and know of all ``M``.
+    """
 
     tokens_T: Tensor
     packed: PackedSequences
-    trained_M: Tensor
+    held_H: Tensor
+    """Which of the ``M`` this rank predicts; all of them without context parallelism."""
+    places_H: Tensor
+    """Where among ``tokens_T`` it predicts them."""
     targets_M: Tensor
     weights_M: Tensor
     advantages_M: Tensor
@@ -90,19 +96,20 @@ def cut_mini_batches(rows: Sequence[Row], updates: int) -> list[list[Row]]:
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], ranks: int, max_tokens: int
+    lengths: Sequence[int], ranks: int, max_tokens: int, cost: Callable[[int], float] = float
 ) -> list[list[list[int]]]:
     """Which rows each rank takes in which micro-batch: ``[rank][micro-batch][row numbers]``.
 
-    No micro-batch exceeds ``max_tokens`` unless by one long row alone. All ranks have equally many;
-    one that a rank has no row for is empty.
+    ``cost`` of a row's length is what the ranks' shares are balanced by. No micro-batch exceeds
+    ``max_tokens`` unless by one long row alone. All ranks have equally many; one that a rank has no
+    row for is empty.
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    loads = [0] * ranks
+    loads = [0.0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for i in longest_first:
         rank = loads.index(min(loads))
-        loads[rank] += lengths[i]
+        loads[rank] += cost(lengths[i])
         shares[rank].append(i)
     plan = [_fill(share, lengths, max_tokens) for share in shares]
     count = max(len(bins) for bins in plan)
@@ -117,17 +124,21 @@ def make_micro_batches(
     ranks: int,
     max_tokens: int,
     device: str,
+    layout: Layout | None = None,
+    cost: Callable[[int], float] = float,
 ) -> list[MicroBatch]:
     """This data parallel rank's micro-batches of one mini-batch of ``rows``.
 
-    Each token's weight is its share of the loss of the whole mini-batch.
+    Each token's weight is its share of the loss of the whole mini-batch. ``layout`` says which part
+    of a micro-batch's tokens this context parallel rank computes.
     """
     weights = sample_weights([len(r.trained_m) for r in rows], config.reduction)
-    plan = plan_micro_batches([len(r.tokens_t) for r in rows], ranks, max_tokens)
+    plan = plan_micro_batches([len(r.tokens_t) for r in rows], ranks, max_tokens, cost)
+    layout = layout or Layout()
     return [
-        _pack_rows([rows[i] for i in bin_], [weights[i] for i in bin_], device)
+        _pack_rows([rows[i] for i in bin_], [weights[i] for i in bin_], device, layout)
         if bin_
-        else _pack_rows([rows[0]], [0.0], device)
+        else _pack_rows([rows[0]], [0.0], device, layout)
         for bin_ in plan[rank]
     ]
 
@@ -178,18 +189,36 @@ def _spread(bins: list[list[int]], count: int) -> list[list[int]]:
     return bins
 
 
-def _pack_rows(rows: Sequence[Row], weights: Sequence[float], device: str) -> MicroBatch:
+def _pack_rows(
+    rows: Sequence[Row], weights: Sequence[float], device: str, layout: Layout
+) -> MicroBatch:
     lengths = [len(row.tokens_t) for row in rows]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
-    trained = [row.trained_m + start for row, start in zip(rows, starts, strict=True)]
+    trained_M = torch.cat([row.trained_m + start for row, start in zip(rows, starts, strict=True)])
     counts = torch.tensor([len(row.trained_m) for row in rows])
     advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
+    packed = pack(lengths, device, layout)
+    tokens_T, held_H, places_H = _own_part(rows, trained_M, packed.source_T.cpu())
     return MicroBatch(
-        tokens_T=torch.cat([row.tokens_t for row in rows]).to(device),
-        packed=pack(lengths, device),
-        trained_M=torch.cat(trained).to(device),
+        tokens_T=tokens_T.to(device),
+        packed=packed,
+        held_H=held_H.to(device),
+        places_H=places_H.to(device),
         targets_M=torch.cat([row.targets_m for row in rows]).to(device),
         weights_M=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts).to(device),
         advantages_M=advantages.repeat_interleave(counts).to(device),
         rollout_logprobs_M=torch.cat([row.rollout_logprobs_m for row in rows]).to(device),
     )
+
+
+def _own_part(
+    rows: Sequence[Row], trained_M: Tensor, source_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's tokens (padding is token 0), which of the trained it predicts, and where."""
+    whole = torch.cat([row.tokens_t for row in rows])
+    real_T = source_T >= 0
+    tokens_T = torch.where(real_T, whole[source_T.clamp(min=0)], 0)
+    place = torch.full((len(whole),), -1, dtype=torch.long)
+    place[source_T[real_T]] = real_T.nonzero().flatten()
+    held_H = (place[trained_M] >= 0).nonzero().flatten()
+    return tokens_T, held_H, place[trained_M[held_H]]

@@ -36,6 +36,7 @@ from rollflow.storage.refs import CheckpointRef, RunRef
 
 from .export import save_hugging_face
 from .model import unwrapped
+from .optimizer_state import optimizer_state, restore_optimizer
 from .step import Learner
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ def save_checkpoint(
 def load_checkpoint(learner: Learner, store: Store, ref: CheckpointRef) -> None:
     """Put weights, optimizer, schedule and random states back as they were saved.
 
-    The number of data parallel ranks may differ from the saver's.
+    The saver's ranks may have been laid out in any other way.
 
     Raises:
         ManifestError: a file is not as it was written.
@@ -95,25 +96,37 @@ def load_checkpoint(learner: Learner, store: Store, ref: CheckpointRef) -> None:
     with tempfile.TemporaryDirectory(prefix="rollflow-checkpoint-") as staging:
         folder = fetch_checkpoint(store, ref, Path(staging))
         with cuda_means_cpu():
-            state: Any = dist_checkpointing.load(
-                _state(learner, is_loading=True), str(folder / TORCH_DIST)
-            )
+            source = str(folder / TORCH_DIST)
+            wanted = _state(learner, is_loading=True)
+            if dist_checkpointing.load_common_state_dict(source)["layout"] != _layout():
+                # Random states belong to ranks that do not exist here; nothing draws from them.
+                del wanted["random"]
+            state: Any = dist_checkpointing.load(wanted, source)
             for key, chunk in _chunks(learner):
                 chunk.load_state_dict(state[key])
-            learner.optimizer.load_state_dict(state["optimizer"])
+            restore_optimizer(learner.optimizer, state["optimizer"])
     learner.scheduler.load_state_dict(state["scheduler"])
-    _set_random_states(state["random"])
+    if "random" in state:
+        _set_random_states(state["random"])
 
 
 def _state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
     weights = {key: chunk.sharded_state_dict() for key, chunk in _chunks(learner)}
-    optimizer = learner.optimizer.sharded_state_dict(weights, is_loading=is_loading)
     return {
         **weights,
-        "optimizer": optimizer,
+        "optimizer": optimizer_state(learner.optimizer, weights, is_loading=is_loading),
         "scheduler": learner.scheduler.state_dict(),
+        "layout": _layout(),
         "random": _random_states(),
     }
+
+
+def _layout() -> tuple[int, int]:
+    """Pipeline and tensor parallel sizes, by which random states are kept."""
+    return (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
 
 
 def _chunks(learner: Learner) -> list[tuple[str, Any]]:
@@ -133,16 +146,12 @@ def _random_states() -> ShardedObject:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": _tracker().get_states(),
     }
-    shape = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
     )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("random", states, shape, place, replica_id=replica)
+    return ShardedObject("random", states, _layout(), place, replica_id=replica)
 
 
 def _set_random_states(states: dict[str, Any]) -> None:

@@ -23,16 +23,20 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
 def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight; parts of what servers fuse come in order (q, k, v).
 
-    A tensor may be the model's own: copy it to keep it.
+    A tensor may be the model's own: copy it to keep it. Weights that two pipeline stages hold, tied
+    embeddings, come once.
     """
     weights = iter(model.bridge.export_weights(model.chunks))
+    seen: set[str] = set()
     while True:
         # Entered anew each time: the consumer's own work is not megatron-core's.
         with cuda_means_cpu(), torch.no_grad():
             item = next(weights, None)
         if item is None:
             return
-        yield item[0], item[1].detach()
+        if item[0] not in seen:
+            seen.add(item[0])
+            yield item[0], item[1].detach()
 
 
 def save_hugging_face(model: Model, source: str, folder: Path, *, write: bool) -> None:

@@ -79,15 +79,16 @@ def _run(
     split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
     def loss(number: int, batch: MicroBatch, logits_1TV: Tensor) -> tuple[Tensor, Tensor, Any]:
-        logits_MV = logits_1TV[0].index_select(0, batch.trained_M)
-        logprobs_M, entropy_M = target_logprobs(
-            logits_MV,
-            batch.targets_M,
+        logits_HV = logits_1TV[0].index_select(0, batch.places_H)
+        held = target_logprobs(
+            logits_HV,
+            batch.targets_M[batch.held_H],
             temperature=temperature,
-            vocab_start=vocab_rank * logits_MV.shape[1],
+            vocab_start=vocab_rank * logits_HV.shape[1],
             vocab_size=model.vocab_size,
             all_reduce=_all_reduce_vocab if split else None,
         )
+        logprobs_M, entropy_M = (_of_all_tokens(own_H, batch) for own_H in held)
         share, kept = loss_fn(number, logprobs_M, entropy_M)
         # The count is megatron-core's divisor of a sum over tokens; our weights divide already.
         return share, torch.zeros((), dtype=torch.int, device=share.device), kept
@@ -117,6 +118,19 @@ def _run(
         )
 
 
+def _of_all_tokens(own_H: Tensor, batch: MicroBatch) -> Tensor:
+    """What the context parallel ranks computed for their tokens, as [M] on each of them.
+
+    Each then computes the whole loss of the micro-batch, and its gradient reaches its own tokens.
+    """
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return own_H
+    others_M = own_H.new_zeros(len(batch.targets_M))
+    others_M[batch.held_H] = own_H.detach()
+    dist.all_reduce(others_M, group=parallel_state.get_context_parallel_group())
+    return others_M.index_put((batch.held_H,), own_H)
+
+
 def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
     finalize_model_grads(chunks, None, **options)
 
@@ -127,8 +141,8 @@ def _all_reduce_vocab(tensor: Tensor, op: Literal["sum", "max"]) -> None:
 
 
 def _all_reduce_data(tensor: Tensor, op: Literal["sum", "max"]) -> None:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(tensor, _OPS[op], group=group)
+    # Context parallel ranks have the same numbers, of all tokens.
+    dist.all_reduce(tensor, _OPS[op], group=parallel_state.get_data_parallel_group())
 
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}

@@ -10,7 +10,7 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .config import TrainerConfig
 from .gates import check_gradient
-from .model import HAS_TE, Model
+from .model import Model
 from .settings import Settings
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-6, "min_lr": 0.0, "clip_grad": 1.0}
@@ -23,15 +23,9 @@ def build_optimizer(
     """Adam over the model's parameters, and its schedule over ``total_steps`` batches.
 
     Raises:
-        ValueError: the warmup is not shorter than the decay, or the distributed optimizer was asked
-            for where its checkpoints cannot be loaded.
+        ValueError: the warmup is not shorter than the decay.
     """
     values = DEFAULTS | settings.optimizer
-    if values.get("use_distributed_optimizer") and not HAS_TE:
-        raise ValueError(
-            "megatron.use_distributed_optimizer is true but TransformerEngine is not installed; "
-            "megatron-core 0.16.1 then loads its checkpoints wrongly. Set it to false"
-        )
     bf16 = model.dtype is torch.bfloat16
     config = OptimizerConfig(**{**values, "bf16": bf16, "params_dtype": model.dtype})
     decay = trainer.lr_decay_steps or max(1, total_steps * trainer.updates_per_batch)

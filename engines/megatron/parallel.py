@@ -12,6 +12,8 @@ from megatron.core import parallel_state, tensor_parallel
 from rollflow.engines.cpu import megatron as cpu_support
 from rollflow.engines.cpu.megatron import cuda_means_cpu
 
+from .attention import Layout
+from .model import Model
 from .settings import Settings
 
 TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -50,6 +52,8 @@ def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:
             settings.tensor_parallel,
             settings.pipeline_parallel,
             context_parallel_size=settings.context_parallel,
+            expert_model_parallel_size=settings.expert_parallel,
+            expert_tensor_parallel_size=settings.expert_tensor_parallel,
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         )
         seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -57,6 +61,17 @@ def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def row_layout(model: Model) -> Layout:
+    """How the ranks share a row of packed tokens."""
+    return Layout(
+        context_ranks=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        multiple=(
+            parallel_state.get_tensor_model_parallel_world_size() if model.sequence_parallel else 1
+        ),
+    )
 
 
 def leave() -> None:

@@ -13,6 +13,8 @@ PARALLEL = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 )
 
 OWNED = {
@@ -34,7 +36,7 @@ ARCHITECTURE = (
     *("gated_linear_unit", "activation_func", "layernorm_epsilon"),
 )
 
-UNFINISHED = ("virtual_pipeline_model_parallel_size", "expert_model_parallel_size")
+UNFINISHED = ("virtual_pipeline_model_parallel_size",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Settings:
     tensor_parallel: int
     pipeline_parallel: int
     context_parallel: int
+    expert_parallel: int
+    expert_tensor_parallel: int
 
     def data_parallel(self, world_size: int) -> int:
         """Copies of the model that ``world_size`` ranks hold.
@@ -59,6 +63,12 @@ class Settings:
             raise ValueError(
                 f"trainer.ranks is {world_size}, not a multiple of tensor x pipeline x context "
                 f"parallel size = {width}; change one of them"
+            )
+        experts = self.expert_parallel * self.expert_tensor_parallel * self.pipeline_parallel
+        if world_size % experts:
+            raise ValueError(
+                f"trainer.ranks is {world_size}, not a multiple of expert x expert tensor x "
+                f"pipeline parallel size = {experts}; change one of them"
             )
         return world_size // width
 
@@ -81,13 +91,17 @@ def split_settings(megatron: Mapping[str, Any]) -> Settings:
         known |= names
     for name, value in megatron.items():
         _refuse(name, value, known)
-    sizes = [int(megatron.get(name, 1)) for name in PARALLEL]
+    sizes = [int(megatron.get(name, 1)) for name in PARALLEL[:-1]]
+    # megatron-core gives experts the tensor parallel size of the rest, if not told otherwise.
+    sizes.append(int(megatron.get(PARALLEL[-1], sizes[0])))
     for name, size in zip(PARALLEL, sizes, strict=True):
-        if size != 1:
-            raise ValueError(
-                f"megatron.{name} is {size}: only data parallel ranks work in this version; "
-                "leave it at 1 and raise trainer.ranks"
-            )
+        if size < 1:
+            raise ValueError(f"megatron.{name} is {size}; it counts ranks, so give 1 or more")
+    if megatron.get("sequence_parallel") and sizes[0] == 1:
+        raise ValueError(
+            "megatron.sequence_parallel is true but tensor_model_parallel_size is 1: there is no "
+            "other rank to share a sequence with; remove it or raise the size"
+        )
     transformer = {k: v for k, v in parts[0].items() if k not in PARALLEL}
     return Settings(transformer, parts[1], parts[2], *sizes)
 

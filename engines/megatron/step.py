@@ -25,6 +25,7 @@ from .forward import accumulate_gradients, logprobs_of, reduce_over_ranks
 from .gates import check_first_update, check_mismatch
 from .model import Model
 from .optimizer import update
+from .parallel import row_layout
 from .reference import Reference
 
 
@@ -94,6 +95,8 @@ def _start(learner: Learner, mini_batch: Sequence[Row]) -> list[_Work]:
         ranks=parallel_state.get_data_parallel_world_size(),
         max_tokens=learner.trainer.max_tokens_per_micro_batch,
         device=learner.device,
+        layout=row_layout(learner.model),
+        cost=learner.model.cost_of_row,
     )
     return [_Work(batch) for batch in batches]
 

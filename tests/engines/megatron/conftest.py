@@ -19,12 +19,16 @@ with warnings.catch_warnings():
     import torch
     from megatron.core import dist_checkpointing  # noqa: F401
     from transformers import (
+        Glm4Config,
+        Glm4ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     from rollflow.engines.megatron import rank  # noqa: F401
@@ -45,6 +49,18 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 16}),
+    "glm4": (Glm4Config, Glm4ForCausalLM, {"head_dim": 16, "pad_token_id": 0}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 
 
@@ -195,52 +211,82 @@ def one_rank(run: Run, model_path: Path) -> Callable[..., Any]:
     return start
 
 
-class Ranks:
-    """Trainer ranks in processes of their own; a call goes to all of them."""
+class Processes:
+    """Processes that hold trainer ranks; started when first needed, kept for the whole session."""
 
-    def __init__(self, arguments: list[tuple[Any, ...]], socket: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
-        self._connections: list[Any] = []
-        for one in arguments:
-            address = f"{socket}-{one[0]}"
-            listener = self._stack.enter_context(Listener(address))
-            script = Path(__file__).with_name("rank_process.py")
-            process = subprocess.Popen([sys.executable, str(script), address])
-            self._stack.callback(process.wait, 60)
-            connection = self._stack.enter_context(listener.accept())
-            self._stack.callback(connection.send, None)
-            connection.send(one)
-            self._connections.append(connection)
+        self._folder = folder
+        self.connections: list[Any] = []
 
-    def call(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
-        told = self._connections if only is None else [self._connections[only]]
-        for connection in told:
-            connection.send((method, args))
-        answers = [connection.recv() for connection in told]
-        errors = [error for _, error in answers if error]
-        assert not errors, errors
-        return [answer for answer, _ in answers]
+    def at_least(self, count: int) -> list[Any]:
+        starting = [self._start(n) for n in range(len(self.connections), count)]
+        self.connections += [self._join(*one) for one in starting]
+        return self.connections[:count]
+
+    def _start(self, number: int) -> tuple[Listener, subprocess.Popen]:
+        address = f"{self._folder}/{number}"
+        listener = self._stack.enter_context(Listener(address))
+        command = [sys.executable, "-m", "tests.engines.megatron.rank_process", address]
+        return listener, subprocess.Popen(command, cwd=Path(__file__).parents[3])
+
+    def _join(self, listener: Listener, process: subprocess.Popen) -> Any:
+        self._stack.callback(process.wait, 60)
+        connection = self._stack.enter_context(listener.accept())
+        self._stack.callback(connection.send, None)
+        return connection
 
     def close(self) -> None:
         self._stack.close()
 
 
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    held = Processes(tmp_path_factory.mktemp("ranks"))
+    yield held
+    held.close()
+
+
+class Ranks:
+    """Trainer ranks in processes of their own; a call goes to all of them."""
+
+    def __init__(self, connections: list[Any]) -> None:
+        self._connections = connections
+
+    def call(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
+        told = self._connections if only is None else [self._connections[only]]
+        for connection in told:
+            connection.send((method, args))
+        return self._answers(told)
+
+    def make(self, arguments: list[tuple[Any, ...]]) -> None:
+        for connection, one in zip(self._connections, arguments, strict=True):
+            connection.send(("new", one))
+        self._answers(self._connections)
+
+    def _answers(self, told: list[Any]) -> list[Any]:
+        answers = [connection.recv() for connection in told]
+        errors = [error for _, error in answers if error]
+        assert not errors, errors
+        return [answer for answer, _ in answers]
+
+
 @pytest.fixture
-def many_ranks(run: Run, model_path: Path, tmp_path: Path) -> Callable[..., Any]:
+def many_ranks(run: Run, model_path: Path, processes: Processes) -> Callable[..., Any]:
     """``with many_ranks(2) as ranks``: that many processes, at step 0."""
 
     @contextmanager
     def start(world_size: int, **changes: Any) -> Iterator[Ranks]:
-        arguments = [
-            rank_arguments(n, world_size, run, model_path, changes) for n in range(world_size)
-        ]
-        ranks = Ranks(arguments, tmp_path / "rank")
+        ranks = Ranks(processes.at_least(world_size))
+        ranks.make(
+            [rank_arguments(n, world_size, run, model_path, changes) for n in range(world_size)]
+        )
         try:
             [master] = ranks.call("address", only=0)
             ranks.call("setup", master)
             ranks.call("restore", None)
             yield ranks
         finally:
-            ranks.close()
+            ranks.call("stop")
 
     return start

@@ -1,7 +1,11 @@
-"""One trainer rank in a process of its own, told what to do over a connection: a Ray actor's role."""
+"""A process that holds one trainer rank after another, told what to do over a connection.
+
+It plays the part of a Ray actor, and pays for its imports once.
+"""
 
 import sys
 import warnings
+from contextlib import ExitStack
 from multiprocessing.connection import Client
 
 from rollflow.engines.megatron.actor import TrainerRank
@@ -9,15 +13,28 @@ from rollflow.engines.megatron.actor import TrainerRank
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    with Client(sys.argv[1]) as owner:
-        rank = TrainerRank(*owner.recv())
+    rank: TrainerRank | None = None
+    with Client(sys.argv[1]) as owner, ExitStack() as faults:
         while (call := owner.recv()) is not None:
             method, args = call
             try:
-                owner.send((getattr(rank, method)(*args), None))
+                if method == "new":
+                    rank, answer = TrainerRank(*args), None
+                elif method == "break":
+                    from tests.engines.megatron.faults import FAULTS
+
+                    answer = faults.enter_context(FAULTS[args[0]]())
+                elif method == "mend":
+                    answer = faults.close()
+                elif method == "weights":
+                    from tests.engines.megatron.weights_of_rank import weights_of_rank
+
+                    answer = weights_of_rank(rank)
+                else:
+                    answer = getattr(rank, method)(*args)
+                owner.send((answer, None))
             except Exception as error:  # noqa: BLE001 - the owner decides
-                owner.send((None, repr(error)))
-        rank.stop()
+                owner.send((None, f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

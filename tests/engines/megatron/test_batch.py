@@ -109,3 +109,14 @@ def test_mini_batches_hold_whole_groups_and_every_row_once(make_samples):
 def test_tokens_of_another_version_are_marked_stale(make_samples):
     assert not any(row.stale for row in make_rows(make_samples(3), GrpoConfig(), 3))
     assert all(row.stale for row in make_rows(make_samples(2), GrpoConfig(), 3))
+
+
+def test_ranks_are_balanced_by_cost_not_by_tokens():
+    lengths = [100, *[10] * 10]
+    plan = plan_micro_batches(lengths, 2, 1000, cost=lambda n: float(n * n))
+    assert [sum(lengths[i] for bin_ in rank for i in bin_) for rank in plan] == [100, 100]
+    lengths = [40, 20, 20, 20, 20]
+    plan = plan_micro_batches(lengths, 2, 1000, cost=lambda n: float(n * n))
+    shares = [sum(lengths[i] ** 2 for bin_ in rank for i in bin_) for rank in plan]
+    assert sorted(shares) == [1600, 1600]
+    assert plan[0] == [[0]]

@@ -20,8 +20,9 @@ def test_each_name_goes_to_every_class_that_has_it():
         ({"weigth_decay": 0.1}, "did you mean 'weight_decay'"),
         ({"bf16": True}, "megatron.bf16.*model.dtype"),
         ({"hidden_size": 64}, "megatron.hidden_size.*config.json"),
-        ({"tensor_model_parallel_size": 2}, "only data parallel"),
-        ({"expert_model_parallel_size": 2}, "not supported"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "not supported"),
+        ({"context_parallel_size": 0}, "counts ranks"),
+        ({"sequence_parallel": True}, "tensor_model_parallel_size is 1"),
     ],
 )
 def test_what_cannot_be_set_is_refused_by_name(table, words):
