@@ -35,7 +35,6 @@ PACKAGES = (
     "prefect",
     "pyarrow",
 )
-PARALLEL = ("tensor_model", "pipeline_model", "context", "expert_model")
 MAY_CHANGE = ("steps", "cluster", "checkpoint", "store", "evals", "stop", "gates")
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
 LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL}
@@ -202,12 +201,11 @@ def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet)
 
 def check_parallel(config: RunSettings) -> None:
     """The ranks can be laid out as the ``[megatron]`` table asks."""
-    size = {name: int(config.megatron.get(f"{name}_parallel_size", 1)) for name in PARALLEL}
-    tensor = size["tensor_model"]
-    experts = size["expert_model"] * int(config.megatron.get("expert_tensor_parallel_size", tensor))
+    tensor, pipeline, context, expert = (int(config.megatron.get(n, 1)) for n in PARALLEL[:-1])
+    expert_tensor = int(config.megatron.get(PARALLEL[-1], tensor))
     for words, width in (
-        ("tensor x pipeline x context", tensor * size["pipeline_model"] * size["context"]),
-        ("expert x expert tensor x pipeline", experts * size["pipeline_model"]),
+        ("tensor x pipeline x context", tensor * pipeline * context),
+        ("expert x expert tensor x pipeline", expert * expert_tensor * pipeline),
     ):
         if width < 1 or config.trainer.ranks % width:
             raise ValueError(

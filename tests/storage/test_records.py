@@ -1,5 +1,7 @@
 """Runs, steps and checkpoints: written once, found again, and damage has a name."""
 
+from typing import Any
+
 import pytest
 
 from rollflow.storage.checkpoints import (
@@ -116,8 +118,8 @@ def test_a_step_that_came_out_different_is_refused_by_name(store, run, change):
 
 
 def test_a_step_done_again_on_another_layout_may_round_otherwise(store, run):
-    two = {"layout": {"ranks": 2}}
-    one = {"layout": {"ranks": 1}, "restored_step": 4}
+    two: dict[str, Any] = {"layout": {"ranks": 2}}
+    one: dict[str, Any] = {"layout": {"ranks": 1}, "restored_step": 4}
     first = commit_step(store, run, 0, "batch", "weights", {}, **two)
     assert commit_step(store, run, 0, "batch", "other weights", {}, **one) == first
     with pytest.raises(ManifestError, match="batch_digest"):

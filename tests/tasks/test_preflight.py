@@ -82,5 +82,5 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
     await preflight.fn(build_config(overlay(tree, [*words, "2"])))
     plan = await preflight.fn(build_config(overlay(tree, [*words, "1"])))
     assert plan.next_step == 0
-    with pytest.raises(ValueError, match="megatron.lr"):
+    with pytest.raises(ValueError, match=r"megatron\.lr"):
         await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))
