@@ -7,6 +7,7 @@ reads its settings from the environment when it is imported.
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ STOP_TIMEOUT_S = 15.0
 KEEP_EVERY_S = 1.0
 STARTS = 3
 PORTS = range(4200, 4300)
+OTHER_PORTS = range(20000, 30000)
+"""All are below the range from which the system hands out ports to others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,8 @@ def _ensure() -> LocalServer:
     """
     HOME.mkdir(parents=True, exist_ok=True)
     with FileLock(HOME / "server.lock", timeout=START_TIMEOUT_S):
-        for _ in range(STARTS):
-            server = running() or _start()
+        for attempt in range(STARTS):
+            server = running() or _start(_first_port() if attempt == 0 else _any_port())
             if _comes_up(server):
                 return server
             stop()
@@ -122,8 +125,7 @@ def _comes_up(server: LocalServer) -> bool:
     return False
 
 
-def _start() -> LocalServer:
-    port = _port()
+def _start(port: int) -> LocalServer:
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with _log().open("ab") as out:
         process = subprocess.Popen(
@@ -164,17 +166,23 @@ def _log() -> Path:
     return HOME / "server.log"
 
 
-def _port() -> int:
-    """The port that this folder's server had last, or the first free one from 4200 on.
-
-    All are below the range from which the system hands out ports to others.
-    """
+def _first_port() -> int:
+    """The port that this folder's server had last, or the first free one from 4200 on."""
     wanted: list[int] = []
     with contextlib.suppress(FileNotFoundError):
         wanted = [int(json.loads(_record().read_text())["url"].rpartition(":")[2])]
-    for port in [*wanted, *PORTS]:
+    return _free_port([*wanted, *PORTS])
+
+
+def _any_port() -> int:
+    """Any free port: servers of many folders that start at once would race for the first."""
+    return _free_port(random.sample(OTHER_PORTS, len(PORTS)))
+
+
+def _free_port(wanted: list[int]) -> int:
+    for port in wanted:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError(f"no free port on 127.0.0.1 from {PORTS[0]} to {PORTS[-1]}")
+    raise RuntimeError(f"no free port on 127.0.0.1 among {min(wanted)} to {max(wanted)}")

@@ -355,3 +355,15 @@ def audit_findings(session: Session) -> list[str]:
     return [f"{f.name}: {f.reason}" for f in report.findings] + [
         f"left over: {leftover.url}" for leftover in report.leftovers
     ]
+
+
+def replay_findings(session: Session) -> list[str]:
+    """What differs when the finished run is trained again from its log, nothing generated."""
+    command = [*ROLLFLOW, "audit", session.name, "--recompute"]
+    done = subprocess.run(
+        command, cwd=session.folder, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    if done.returncode == 0:
+        return []
+    lines = [line.strip() for line in done.stdout.splitlines() if "different: " in line]
+    return lines or [f"the replay failed: {done.stderr[-300:]}"]

@@ -5,7 +5,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from .harness import (
     log_of,
     plan,
     prepare,
+    replay_findings,
 )
 
 
@@ -40,7 +41,6 @@ def run_sessions(
     ``told`` hears of all rows so far whenever a session has ended.
     """
     steps = 1 + 2 * per_session
-    baseline = _undisturbed(folder / "undisturbed", steps)
     schedule = plan(seed, kills)
     groups = [
         [
@@ -51,6 +51,7 @@ def run_sessions(
     ]
 
     with ThreadPoolExecutor(parallel) as pool:
+        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps)
         sessions = [
             pool.submit(_session, folder / f"kills-{number}", steps, group, baseline)
             for number, group in enumerate(groups)
@@ -89,10 +90,10 @@ def _undisturbed(folder: Path, steps: int) -> dict:
         return log_of(session)
 
 
-def _session(folder: Path, steps: int, kills: list[Kill], baseline: dict) -> list[Row]:
+def _session(folder: Path, steps: int, kills: list[Kill], baseline: Future[dict]) -> list[Row]:
     with _prepared(folder, steps) as session:
         answers = [session.strike(kill) for kill in kills]
-        return _judge(session, kills, answers, session.finish(), baseline)
+        return _judge(session, kills, answers, session.finish(), baseline.result())
 
 
 def _judge(
@@ -101,12 +102,15 @@ def _judge(
     log = {} if ended else log_of(session)
     findings = [ended] if ended else audit_findings(session)
     findings += [f"left behind: {p}" for p in left_behind(session.folder)]
+    findings += [] if ended else replay_findings(session)
     changed = [] if ended else session.changed_durable()
     rows = []
     for i, (kill, answer) in enumerate(zip(kills, answers, strict=True)):
         until = kills[i + 1].step if i + 1 < len(kills) else len(baseline)
         steps = range(kill.step, until)
-        equal = all(log.get(step) == baseline[step] for step in steps)
+        equal = all(log.get(step) == baseline[step] for step in steps) and not any(
+            "different: " in f for f in findings
+        )
         seconds = round(answer, 1) if isinstance(answer, float) else None
         note = "; ".join([*([answer] if isinstance(answer, str) else []), *findings])
         rows.append(
