@@ -4,11 +4,12 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TypeVar
 
 from prefect import get_client, get_run_logger
 from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
+from prefect.exceptions import ObjectAlreadyExists
 from ray.exceptions import RayError
 
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
@@ -60,7 +61,8 @@ async def _slot(run: RunRef, lease_s: float) -> AsyncIterator[None]:
         "keeps a second flow from starting"
     )
     async with get_client() as client:
-        await client.upsert_global_concurrency_limit_by_name(name, 1)
+        with suppress(ObjectAlreadyExists):  # another flow made it just now
+            await client.upsert_global_concurrency_limit_by_name(name, 1)
     slot_s = max(SHORTEST_SLOT_S, lease_s)  # Prefect accepts no shorter one
     wait_s = 1.5 * slot_s
     try:
