@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, overload
 
 from rollflow.storage.samples import Prompt, Sample, Status
 
-HookKind = Literal["reward", "generate"]
+HookKind = Literal["reward", "generate", "advantage", "loss"]
 
 Reward = float | Mapping[str, float]
 """A score, or named scores of which ``reward`` is the one trained on and the rest are its parts."""
@@ -166,6 +166,12 @@ _SIGNATURES: dict[str, _Signature] = {
         "async def generate(engine: GenerateEngine, prompt: Prompt, context: GenerateContext)"
         " -> Sample | list[Sample]",
     ),
+    "advantage": _Signature(
+        ("outcomes",), False, "def advantage(outcomes: Outcomes) -> Tensor  (one per sample)"
+    ),
+    "loss": _Signature(
+        ("inputs",), False, "def loss(inputs: LossInputs) -> Tensor  (one per token)"
+    ),
 }
 
 
@@ -173,6 +179,8 @@ _SIGNATURES: dict[str, _Signature] = {
 def load_hook(path: str, kind: Literal["reward"]) -> RewardFn: ...
 @overload
 def load_hook(path: str, kind: Literal["generate"]) -> GenerateFn: ...
+@overload
+def load_hook(path: str, kind: Literal["advantage", "loss"]) -> Callable[[Any], Any]: ...
 def load_hook(path: str, kind: HookKind) -> Callable[..., Any]:
     """Import the function named ``pkg.mod:fn`` and check that it can be called as a ``kind`` hook.
 

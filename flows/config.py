@@ -66,6 +66,16 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _algorithm_is_wired(self) -> "RunConfig":
+        algorithm = self.algorithm
+        if algorithm.name != "sft" and (algorithm.critic or algorithm.teacher_coef):
+            raise ValueError(
+                f"algorithm.name = {algorithm.name!r} needs a critic or a teacher, which the trainer "
+                "of this version does not run yet; choose another"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _numbers_agree(self) -> "RunConfig":
         if self.rollout.batch_size % self.trainer.updates_per_batch:
             raise ValueError(

@@ -12,6 +12,9 @@ from typing import Any
 Message = dict[str, Any]
 """One chat message: ``{"role": "user", "content": "2+2="}``."""
 
+TEACHER_LOGPROBS = "teacher_logprobs"
+"""Key in a sample's metadata: a teacher's log-probability of each response token (nats)."""
+
 
 class Status(StrEnum):
     """How a sample ended. ``FAILED`` is never a reward of 0: a failed sample has no reward."""

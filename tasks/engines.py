@@ -10,6 +10,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines import cluster
+from rollflow.engines.algorithms.config import resolved
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.platform import Platform, detect
 from rollflow.engines.rollout.manager import RolloutManager
@@ -128,7 +129,7 @@ async def _start_trainer(
             config.model,
             config.trainer,
             dict(config.megatron),
-            config.algorithm,
+            resolved(config.algorithm, config.rollout.sampling.max_new_tokens),
             config.gates,
             config.rollout.sampling.temperature,
             config.steps,

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from rollflow.engines.algorithms.config import own_function
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.engines.platform import detect
@@ -161,6 +162,10 @@ def check_hooks(config: RunSettings) -> None:
             load_hook(dataset.reward, "reward")
         if dataset.generate:
             load_hook(dataset.generate, "generate")
+    if path := own_function(config.algorithm, "advantage"):
+        load_hook(path, "advantage")
+    if path := own_function(config.algorithm, "loss"):
+        load_hook(path, "loss")
 
 
 def check_model(config: RunSettings) -> None:

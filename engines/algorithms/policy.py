@@ -1,22 +1,28 @@
 """From settings to mathematics: what an algorithm needs, its advantages and its loss.
 
-A trainer computes, for each batch, ``needs(config)`` and ``advantages``; for each mini-batch
-``reduction.token_weights`` over all of its samples; for each micro-batch ``compute_loss`` on packed
+A trainer computes, for each batch, ``needs(config)``, ``compute_outcomes`` over all samples and then,
+for each piece of it, ``compute_advantages`` on packed tokens; for each mini-batch
+``reduction.sample_weights`` over all of its samples; for each micro-batch ``compute_loss`` on packed
 tokens. The loss of the mini-batch is the plain sum of its micro-batches' losses over all ranks.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .advantages import group_advantages
-from .config import AlgorithmConfig, GrpoConfig, SftConfig
+from .advantages import group_advantages, leave_one_out_advantages
+from .config import CorrectionConfig, CriticConfig, PolicyConfig, SftConfig
+from .importance import correction, too_far_off
 from .kl import kl_estimate
-from .losses import clipped_policy_loss, nll_loss
+from .losses import PolicyLoss, cispo_loss, clipped_policy_loss, nll_loss, value_loss
 from .metrics import Metrics, max_of, mean_of, weighted_mean_of
+from .returns import generalized_advantages, token_rewards
+from .segments import discounted_sum
+
+AnyConfig = PolicyConfig | SftConfig
 
 
 class Needs(NamedTuple):
@@ -27,11 +33,45 @@ class Needs(NamedTuple):
     """Of the weights at the start of the batch, before its first update."""
     ref_logprobs: bool
     """Of the reference policy: the run's first weights."""
+    values: bool = False
+    """Of a critic."""
+    teacher_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """The scored samples of a *whole batch*, as an advantage function of your own gets them."""
+
+    rewards_N: Tensor
+    """float64."""
+    groups_N: Sequence[Hashable]
+    episodes_N: Sequence[Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """Trained tokens of some whole samples, packed; float [T] but for ``segments_T``."""
+
+    outcomes_T: Tensor
+    """From ``compute_outcomes``, each sample's at each of its tokens."""
+    segments_T: Tensor
+    """Number of the sample that each token belongs to, long."""
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+    values_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
+
+
+class Advantages(NamedTuple):
+    """``returns_T`` is what the critic learns; None without one."""
+
+    advantages_T: Tensor
+    returns_T: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """The packed tokens of one micro-batch; every tensor is float [T].
+    """The packed tokens of one micro-batch; every tensor is float [T] but for ``segments_T``.
 
     Tokens with weight 0 (prompts, tool output, padding) are looked at by nothing.
     """
@@ -39,13 +79,27 @@ class LossInputs:
     logprobs_T: Tensor
     """Of the policy in training, with gradient."""
     weights_T: Tensor
-    """From ``reduction.token_weights`` over the whole mini-batch."""
+    """From ``reduction.sample_weights`` over the whole mini-batch."""
     entropy_T: Tensor | None = None
     """Of the policy in training; with gradient where ``entropy_coef`` is not 0."""
     advantages_T: Tensor | None = None
-    """Each sample's advantage at each of its tokens."""
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+    rollout_logprobs_T: Tensor | None = None
+    """As the rollout engine sampled."""
+    segments_T: Tensor | None = None
+    """Number of the sample that each token belongs to, long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueInputs:
+    """The packed tokens of one micro-batch for the critic; every tensor is float [T]."""
+
+    values_T: Tensor
+    """Of the critic in training, with gradient."""
+    old_values_T: Tensor
+    returns_T: Tensor
+    weights_T: Tensor
 
 
 class LossOutputs(NamedTuple):
@@ -55,89 +109,262 @@ class LossOutputs(NamedTuple):
     metrics: Metrics
 
 
-def needs(config: AlgorithmConfig) -> Needs:
-    """What ``compute_loss`` will ask for."""
-    match config:
-        case GrpoConfig():
-            return Needs(rewards=True, old_logprobs=True, ref_logprobs=config.kl_coef > 0)
-        case SftConfig():
-            return Needs(rewards=False, old_logprobs=False, ref_logprobs=False)
+AdvantageFn = Callable[[Outcomes], Tensor]
+"""An advantage of your own: one number for each sample, [N], in the order of the rewards."""
+LossFn = Callable[[LossInputs], Tensor]
+"""A loss of your own: one number for each token, [T], differentiable in ``inputs.logprobs_T``."""
+
+Inputs = TypeVar("Inputs", LossInputs, ValueInputs)
 
 
-def compute_advantages(
-    config: AlgorithmConfig, rewards_N: Sequence[float | None], groups_N: Sequence[Hashable]
+def needs(config: AnyConfig) -> Needs:
+    """What ``compute_advantages`` and ``compute_loss`` will ask for."""
+    if isinstance(config, SftConfig):
+        return Needs(rewards=False, old_logprobs=False, ref_logprobs=False)
+    return Needs(
+        rewards=config.advantage != "none",
+        old_logprobs=True,
+        ref_logprobs=config.kl_coef > 0 or config.kl_watch,
+        values=config.critic is not None,
+        teacher_logprobs=config.teacher_coef > 0,
+    )
+
+
+def compute_outcomes(
+    config: AnyConfig,
+    rewards_N: Sequence[float | None],
+    groups_N: Sequence[Hashable],
+    episodes_N: Sequence[Hashable] | None = None,
+    own: AdvantageFn | None = None,
 ) -> Tensor:
-    """Advantage of each sample of a *whole batch*, float32 [N].
+    """What each sample of a *whole batch* achieved, float32 [N]: its advantage over its group, or
+    its reward where the advantage is made of rewards to come.
 
-    A sample without a reward (None: it failed) counts in no group and has advantage 0; it belongs
-    out of the loss by a False mask. Raises ValueError where lengths differ or a reward is not
-    finite.
+    A sample without a reward (None: it failed) counts in no group and has 0; it belongs out of the
+    loss by a False mask. ``own`` is the function that ``config.advantage`` names, if it names one.
+    Raises ValueError where lengths differ or a number is not finite.
     """
-    match config:
-        case GrpoConfig():
-            pairs = zip(rewards_N, groups_N, strict=True)
-            scored = [
-                (row, reward, group)
-                for row, (reward, group) in enumerate(pairs)
-                if reward is not None
-            ]
-            advantages_N = torch.zeros(len(rewards_N), dtype=torch.float64)
-            advantages_N[[row for row, _, _ in scored]] = group_advantages(
-                torch.tensor([reward for _, reward, _ in scored], dtype=torch.float64),
-                [group for _, _, group in scored],
-                normalize_std=config.normalize_std,
+    outcomes_N = torch.zeros(len(rewards_N))
+    if isinstance(config, SftConfig) or config.advantage == "none":
+        return outcomes_N
+    rows = [n for n, reward in enumerate(rewards_N) if reward is not None]
+    if len(groups_N) != len(rewards_N):
+        raise ValueError(
+            f"{len(rewards_N)} rewards but {len(groups_N)} group ids; give one each per sample"
+        )
+    names = range(len(groups_N)) if episodes_N is None else episodes_N
+    scored = Outcomes(
+        torch.tensor([rewards_N[n] for n in rows], dtype=torch.float64),
+        [groups_N[n] for n in rows],
+        [names[n] for n in rows],
+    )
+    outcomes_N[rows] = _outcomes(config, scored, own).float()
+    return outcomes_N
+
+
+def compute_advantages(config: AnyConfig, inputs: AdvantageInputs) -> Advantages:
+    """Advantages token by token, float32 [T], *before* whitening over the batch.
+
+    Raises ValueError where a tensor that the algorithm needs is missing.
+    """
+    if isinstance(config, SftConfig):
+        return Advantages(torch.zeros_like(inputs.outcomes_T))
+    by, segments_T = f"advantage {config.advantage!r}", inputs.segments_T
+    outcomes_T, returns_T = inputs.outcomes_T.double(), None
+    penalty_T = _penalty(config, inputs)
+    match config.advantage:
+        case "return":
+            rewards_T = token_rewards(outcomes_T, penalty_T, segments_T)
+            advantages_T = discounted_sum(rewards_T, segments_T, config.gamma)
+        case "gae":
+            values_T = _required(inputs.values_T, "values_T", by).double()
+            advantages_T, returns_T = generalized_advantages(
+                token_rewards(outcomes_T, penalty_T, segments_T),
+                values_T,
+                segments_T,
+                gamma=config.gamma,
+                lam=config.lam,
             )
-            return advantages_N.float()
-        case SftConfig():
-            return torch.zeros(len(rewards_N))
+        case _:
+            advantages_T = outcomes_T if penalty_T is None else outcomes_T - penalty_T
+    if config.teacher_coef:
+        old_T = _required(inputs.old_logprobs_T, "old_logprobs_T", "teacher_coef above 0")
+        teacher_T = _required(inputs.teacher_logprobs_T, "teacher_logprobs_T", "teacher_coef")
+        advantages_T = advantages_T + config.teacher_coef * (teacher_T.double() - old_T.double())
+    return Advantages(
+        advantages_T.float(), returns_T.float() if isinstance(returns_T, Tensor) else None
+    )
 
 
-def compute_loss(config: AlgorithmConfig, inputs: LossInputs) -> LossOutputs:
+def compute_loss(config: AnyConfig, inputs: LossInputs, own: LossFn | None = None) -> LossOutputs:
     """The loss of one micro-batch by the algorithm that ``config`` names.
 
-    Raises ValueError where a tensor that the algorithm needs is missing or misshapen.
+    ``own`` is the function that ``config.loss`` names, if it names one. Raises ValueError where a
+    tensor that the algorithm needs is missing or misshapen.
     """
     inputs = _trained(inputs)
-    match config:
-        case GrpoConfig():
-            return _grpo(config, inputs)
-        case SftConfig():
-            return _sft(inputs)
+    if isinstance(config, SftConfig):
+        return _outputs(nll_loss(inputs.logprobs_T), inputs, Metrics())
+    return _policy(config, inputs, own)
 
 
-def _grpo(config: GrpoConfig, inputs: LossInputs) -> LossOutputs:
-    """<clipped policy loss> - entropy_coef <entropy> + kl_coef <KL to the reference>."""
-    weights_T = inputs.weights_T
-    policy = clipped_policy_loss(
-        inputs.logprobs_T,
-        _required(inputs.old_logprobs_T, "old_logprobs_T", "grpo"),
-        _required(inputs.advantages_T, "advantages_T", "grpo"),
-        eps_clip=config.eps_clip,
-        eps_clip_high=config.eps_clip_high,
+def compute_value_loss(config: CriticConfig, inputs: ValueInputs) -> LossOutputs:
+    """The critic's loss of one micro-batch, reduced as the policy's is."""
+    inputs = _trained(inputs)
+    loss_T, bounded_T = value_loss(
+        inputs.values_T, inputs.old_values_T, inputs.returns_T, config.value_clip
     )
-    loss_T = policy.loss_T
-    means = {
-        "train/pg_loss": weighted_mean_of(policy.loss_T, weights_T),
-        "train/pg_clipfrac": mean_of(policy.clipped_T),
-        "train/ppo_kl": mean_of(-policy.log_ratio_T),
-    }
+    error_T = inputs.returns_T - inputs.old_values_T
+    return LossOutputs(
+        (loss_T * inputs.weights_T).sum(),
+        Metrics(
+            means={
+                "critic/loss": weighted_mean_of(loss_T, inputs.weights_T),
+                "critic/clipfrac": mean_of(bounded_T),
+                "critic/value": mean_of(inputs.old_values_T),
+                "critic/return": mean_of(inputs.returns_T),
+                "critic/error_sq": mean_of(error_T.square()),
+                "critic/return_sq": mean_of(inputs.returns_T.square()),
+                "critic/error": mean_of(error_T),
+            }
+        ),
+    )
+
+
+def _outcomes(config: PolicyConfig, scored: Outcomes, own: AdvantageFn | None) -> Tensor:
+    rewards_N, groups_N, episodes_N = scored.rewards_N, scored.groups_N, scored.episodes_N
+    match config.advantage:
+        case "group":
+            return group_advantages(rewards_N, groups_N, episodes_N)
+        case "group_mean":
+            return group_advantages(rewards_N, groups_N, episodes_N, normalize_std=False)
+        case "leave_one_out":
+            return leave_one_out_advantages(rewards_N, groups_N, episodes_N)
+        case "return" | "gae":
+            return rewards_N
+        case _:
+            return _own(own, f"advantage = {config.advantage!r}", scored, rewards_N)
+
+
+def _penalty(config: PolicyConfig, inputs: AdvantageInputs) -> Tensor | None:
+    """What the KL takes from each token's reward."""
+    if config.kl_in == "loss" or not config.kl_coef:
+        return None
+    by = "kl_in = 'reward'"
+    old_T = _required(inputs.old_logprobs_T, "old_logprobs_T", by)
+    ref_T = _required(inputs.ref_logprobs_T, "ref_logprobs_T", by)
+    return config.kl_coef * kl_estimate(old_T.double(), ref_T.double(), config.kl_type)
+
+
+def _policy(config: PolicyConfig, inputs: LossInputs, own: LossFn | None) -> LossOutputs:
+    """<policy loss x correction> - entropy_coef <entropy> + kl_coef <KL to the reference>."""
+    policy = _policy_loss(config, inputs, own)
+    loss_T, metrics = _corrected(config, policy.loss_T, inputs)
+    metrics = metrics.merge(_watch(policy, loss_T, inputs))
     if config.entropy_coef > 0:
         entropy_T = _required(inputs.entropy_T, "entropy_T", "entropy_coef above 0")
         loss_T = loss_T - config.entropy_coef * entropy_T
-    if config.kl_coef > 0:
-        ref_T = _required(inputs.ref_logprobs_T, "ref_logprobs_T", "kl_coef above 0").detach()
+    if needs(config).ref_logprobs:
+        ref_T = _required(inputs.ref_logprobs_T, "ref_logprobs_T", "the KL to it").detach()
         kl_T = kl_estimate(inputs.logprobs_T, ref_T, config.kl_type)
-        loss_T = loss_T + config.kl_coef * kl_T
-        means["train/kl"] = mean_of(kl_T)
-    maxima = {
-        "train/ratio_max": max_of(policy.log_ratio_T.exp()),
-        "train/log_ratio_max": max_of(policy.log_ratio_T.abs()),
+        metrics = metrics.merge(Metrics({"train/kl": mean_of(kl_T)}))
+        if config.kl_in == "loss" and config.kl_coef:
+            if config.kl_unbiased:
+                old_T = _required(inputs.old_logprobs_T, "old_logprobs_T", "kl_unbiased")
+                kl_T = kl_T * (inputs.logprobs_T - old_T).clamp(-20.0, 20.0).exp()
+            loss_T = loss_T + config.kl_coef * kl_T
+    return _outputs(loss_T, inputs, metrics)
+
+
+def _policy_loss(config: PolicyConfig, inputs: LossInputs, own: LossFn | None) -> PolicyLoss:
+    by = f"loss {config.loss!r}"
+    new_T = inputs.logprobs_T
+    old_T = _required(inputs.old_logprobs_T, "old_logprobs_T", by)
+    advantages_T = _required(inputs.advantages_T, "advantages_T", by)
+    if config.loss == "cispo":
+        return cispo_loss(
+            new_T,
+            old_T,
+            advantages_T,
+            eps_clip=config.eps_clip,
+            eps_clip_high=config.eps_clip_high,
+        )
+    if config.loss in ("clip", "sequence_clip"):
+        whole = config.loss == "sequence_clip"
+        return clipped_policy_loss(
+            new_T,
+            old_T,
+            advantages_T,
+            eps_clip=config.eps_clip,
+            eps_clip_high=config.eps_clip_high,
+            dual_clip=config.dual_clip,
+            segments_T=_required(inputs.segments_T, "segments_T", by) if whole else None,
+        )
+    loss_T = _own(own, f"loss = {config.loss!r}", inputs, new_T)
+    return PolicyLoss(loss_T, (new_T - old_T).detach(), torch.zeros_like(new_T).bool())
+
+
+def _corrected(config: PolicyConfig, loss_T: Tensor, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    """The loss with importance weights, and without the tokens that are to be left out."""
+    metrics = Metrics()
+    if config.correction is not None:
+        factor_T, metrics = _correction(config.correction, inputs)
+        loss_T = loss_T * factor_T
+    if config.off_policy_delta is not None:
+        by = "off_policy_delta"
+        off_T = too_far_off(
+            inputs.logprobs_T,
+            _required(inputs.rollout_logprobs_T, "rollout_logprobs_T", by),
+            _required(inputs.advantages_T, "advantages_T", by),
+            _required(inputs.segments_T, "segments_T", by),
+            config.off_policy_delta,
+        )
+        loss_T = loss_T.masked_fill(off_T, 0.0)
+        metrics = metrics.merge(Metrics({"correction/off_policy": mean_of(off_T)}))
+    return loss_T, metrics
+
+
+def _correction(config: CorrectionConfig, inputs: LossInputs) -> tuple[Tensor, Metrics]:
+    found = correction(
+        _required(inputs.old_logprobs_T, "old_logprobs_T", "correction"),
+        _required(inputs.rollout_logprobs_T, "rollout_logprobs_T", "correction"),
+        _required(inputs.segments_T, "segments_T", "correction"),
+        level=config.level,
+        mode=config.mode,
+        low=config.low,
+        high=config.high,
+    )
+    means = {
+        "correction/weight": mean_of(found.weight_T),
+        "correction/outside": mean_of(found.outside_T),
+        "correction/left_out": mean_of(found.factor_T == 0),
     }
-    return _outputs(loss_T, inputs, Metrics(means, maxima))
+    return found.factor_T, Metrics(means, {"correction/weight_max": max_of(found.weight_T)})
 
 
-def _sft(inputs: LossInputs) -> LossOutputs:
-    return _outputs(nll_loss(inputs.logprobs_T), inputs, Metrics())
+def _watch(policy: PolicyLoss, loss_T: Tensor, inputs: LossInputs) -> Metrics:
+    """How far the policy is from the old one, and where bounds hold it."""
+    log_ratio_T = policy.log_ratio_T
+    ratio_T = log_ratio_T.clamp(-20.0, 20.0).exp()
+    means = {
+        "train/pg_loss": weighted_mean_of(loss_T, inputs.weights_T),
+        "train/pg_clipfrac": mean_of(policy.clipped_T),
+        "train/clipfrac_low": mean_of(policy.clipped_T & (log_ratio_T < 0)),
+        "train/clipfrac_high": mean_of(policy.clipped_T & (log_ratio_T > 0)),
+        "train/ppo_kl": mean_of(-log_ratio_T),
+        "train/ratio": mean_of(ratio_T),
+        "train/ratio_sq": mean_of(ratio_T.double().square()),
+    }
+    maxima = {
+        "train/ratio_max": max_of(log_ratio_T.exp()),
+        "train/inverse_ratio_max": max_of((-log_ratio_T).exp()),
+        "train/log_ratio_max": max_of(log_ratio_T.abs()),
+    }
+    if inputs.rollout_logprobs_T is not None:
+        rollout_T = inputs.rollout_logprobs_T.detach()
+        kl_T = kl_estimate(rollout_T, inputs.logprobs_T.detach(), "k3")
+        means["train/kl_rollout"] = mean_of(kl_T)
+    return Metrics(means, maxima)
 
 
 def _outputs(loss_T: Tensor, inputs: LossInputs, metrics: Metrics) -> LossOutputs:
@@ -147,7 +374,7 @@ def _outputs(loss_T: Tensor, inputs: LossInputs, metrics: Metrics) -> LossOutput
     return LossOutputs((loss_T * inputs.weights_T).sum(), metrics.merge(Metrics(means)))
 
 
-def _trained(inputs: LossInputs) -> LossInputs:
+def _trained(inputs: Inputs) -> Inputs:
     """Only the tokens that are trained on: nothing else can reach a number, NaN included."""
     trained_T = inputs.weights_T > 0
     picked: dict[str, Any] = {}
@@ -159,7 +386,20 @@ def _trained(inputs: LossInputs) -> LossInputs:
                 f"{tuple(trained_T.shape)}; give one entry per packed token"
             )
         picked[field.name] = None if tensor is None else tensor[trained_T]
-    return LossInputs(**picked)
+    return type(inputs)(**picked)
+
+
+def _own(function: Callable[[Any], Tensor] | None, field: str, given: Any, like: Tensor) -> Tensor:
+    """What a function of the user's gives, if it has the right shape."""
+    if function is None:
+        raise ValueError(f"{field} names a function of your own, but none was given")
+    found = function(given)
+    if found.shape != like.shape or not bool(torch.isfinite(found).all()):
+        raise ValueError(
+            f"{field} gave a tensor of shape {tuple(found.shape)}; it must have shape "
+            f"{tuple(like.shape)} and finite numbers"
+        )
+    return found
 
 
 def _required(tensor: Tensor | None, name: str, by: str) -> Tensor:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rollflow.engines.algorithms.config import AlgorithmConfig
-from rollflow.engines.algorithms.policy import compute_advantages, needs
+from rollflow.engines.algorithms.config import AlgorithmConfig, PolicyConfig
+from rollflow.engines.algorithms.policy import AdvantageFn, compute_outcomes, needs
 from rollflow.engines.algorithms.reduction import sample_weights
-from rollflow.storage.samples import Sample, Status
+from rollflow.storage.samples import TEACHER_LOGPROBS, Sample, Status
 
 from .attention import Layout, PackedSequences, pack
 
@@ -25,6 +25,7 @@ class Row:
     """A sample as the trainer sees it. ``t`` = tokens - 1: the last token predicts nothing."""
 
     group_id: str
+    episode_id: str
     tokens_t: Tensor
     """What goes in, long."""
     trained_m: Tensor
@@ -32,7 +33,11 @@ class Row:
     targets_m: Tensor
     """Those next tokens."""
     rollout_logprobs_m: Tensor
-    advantage: float
+    teacher_logprobs_m: Tensor | None
+    reward: float
+    """0 where the algorithm asks for none and there is none."""
+    outcome: float
+    """Its advantage over its group, or its reward; see ``policy.compute_outcomes``."""
     stale: bool
     """Some token was sampled by other weights than the batch's step names."""
 
@@ -52,26 +57,49 @@ class MicroBatch:
     """Where among ``tokens_T`` it predicts them."""
     targets_M: Tensor
     weights_M: Tensor
-    advantages_M: Tensor
+    outcomes_M: Tensor
+    rewards_M: Tensor
+    segments_M: Tensor
+    """Number of the row that each trained token belongs to."""
     rollout_logprobs_M: Tensor
+    teacher_logprobs_M: Tensor | None
 
 
-def make_rows(samples: Sequence[Sample], config: AlgorithmConfig, version: int) -> list[Row]:
+def make_rows(
+    samples: Sequence[Sample],
+    config: AlgorithmConfig,
+    version: int,
+    own_advantage: AdvantageFn | None = None,
+) -> list[Row]:
     """The samples that can be trained on, in their order; the others had nothing to give.
 
     Left out are samples that failed, that miss a reward which the algorithm needs, or that have no
     trained token; none of them counts in a group's statistics unless it has a reward.
+
+    Raises:
+        ValueError: a sample lacks the teacher's log-probabilities that the algorithm needs.
     """
-    rewards = [None if s.status is Status.FAILED else s.reward for s in samples]
-    advantages = compute_advantages(config, rewards, [s.group_id for s in samples]).tolist()
+    outcomes = compute_outcomes(
+        config,
+        scored_rewards(samples),
+        [s.group_id for s in samples],
+        [s.episode_id for s in samples],
+        own_advantage,
+    ).tolist()
+    need = needs(config)
     rows: list[Row] = []
-    for sample, reward, advantage in zip(samples, rewards, advantages, strict=True):
-        if sample.status is Status.FAILED or (reward is None and needs(config).rewards):
+    for sample, outcome in zip(samples, outcomes, strict=True):
+        if sample.status is Status.FAILED or (sample.reward is None and need.rewards):
             continue
-        row = _row(sample, advantage, version)
+        row = _row(sample, outcome, version, need.teacher_logprobs)
         if len(row.trained_m):
             rows.append(row)
     return rows
+
+
+def scored_rewards(samples: Sequence[Sample]) -> list[float | None]:
+    """The rewards; None for a sample that failed or has none."""
+    return [None if s.status is Status.FAILED else s.reward for s in samples]
 
 
 def cut_mini_batches(rows: Sequence[Row], updates: int) -> list[list[Row]]:
@@ -132,7 +160,12 @@ def make_micro_batches(
     Each token's weight is its share of the loss of the whole mini-batch. ``layout`` says which part
     of a micro-batch's tokens this context parallel rank computes.
     """
-    weights = sample_weights([len(r.trained_m) for r in rows], config.reduction)
+    weights = sample_weights(
+        [len(r.trained_m) for r in rows],
+        config.reduction,
+        [r.episode_id for r in rows],
+        config.constant_tokens if isinstance(config, PolicyConfig) else 0,
+    )
     plan = plan_micro_batches([len(r.tokens_t) for r in rows], ranks, max_tokens, cost)
     layout = layout or Layout()
     return [
@@ -143,7 +176,7 @@ def make_micro_batches(
     ]
 
 
-def _row(sample: Sample, advantage: float, version: int) -> Row:
+def _row(sample: Sample, outcome: float, version: int, teacher: bool) -> Row:
     tokens = torch.tensor(sample.prompt_ids + sample.response_ids, dtype=torch.long)
     first = len(sample.prompt_ids)
     response_m = torch.tensor(sample.loss_mask, dtype=torch.bool).nonzero().flatten()
@@ -153,13 +186,28 @@ def _row(sample: Sample, advantage: float, version: int) -> Row:
     logprobs = torch.tensor(sample.rollout_logprobs, dtype=torch.float32)
     return Row(
         group_id=sample.group_id,
+        episode_id=sample.episode_id,
         tokens_t=tokens[:-1],
         trained_m=place_m - 1,
         targets_m=tokens[place_m],
         rollout_logprobs_m=logprobs[response_m],
-        advantage=advantage,
+        teacher_logprobs_m=_teacher_logprobs(sample)[response_m] if teacher else None,
+        reward=sample.reward or 0.0,
+        outcome=outcome,
         stale=any(v != version for v in sample.policy_versions),
     )
+
+
+def _teacher_logprobs(sample: Sample) -> Tensor:
+    """As the rollout side stored them, one for each response token."""
+    found = sample.metadata.get(TEACHER_LOGPROBS)
+    if found is None or len(found) != len(sample.response_ids):
+        has = "none" if found is None else str(len(found))
+        raise ValueError(
+            f"sample {sample.sample_id} has {has} of the teacher's log-probabilities for its "
+            f"{len(sample.response_ids)} response tokens; was rollout.teacher set when it was made?"
+        )
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _fill(share: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -196,18 +244,25 @@ def _pack_rows(
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
     trained_M = torch.cat([row.trained_m + start for row, start in zip(rows, starts, strict=True)])
     counts = torch.tensor([len(row.trained_m) for row in rows])
-    advantages = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
     packed = pack(lengths, device, layout)
     tokens_T, held_H, places_H = _own_part(rows, trained_M, packed.source_T.cpu())
+    teacher = [row.teacher_logprobs_m for row in rows if row.teacher_logprobs_m is not None]
+
+    def spread(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts).to(device)
+
     return MicroBatch(
         tokens_T=tokens_T.to(device),
         packed=packed,
         held_H=held_H.to(device),
         places_H=places_H.to(device),
         targets_M=torch.cat([row.targets_m for row in rows]).to(device),
-        weights_M=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts).to(device),
-        advantages_M=advantages.repeat_interleave(counts).to(device),
+        weights_M=spread(weights),
+        outcomes_M=spread([row.outcome for row in rows]),
+        rewards_M=spread([row.reward for row in rows]),
+        segments_M=torch.arange(len(rows)).repeat_interleave(counts).to(device),
         rollout_logprobs_M=torch.cat([row.rollout_logprobs_m for row in rows]).to(device),
+        teacher_logprobs_M=torch.cat(teacher).to(device) if teacher else None,
     )
 
 

@@ -56,7 +56,7 @@ def accumulate_gradients(
 def reduce_over_ranks(metrics: Metrics) -> dict[str, float]:
     """The scalars over all ranks that hold data, the same on every rank."""
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    values = [metrics.reduce(_all_reduce_data).values() if last else {}]
+    values = [metrics.reduce(all_reduce_data).values() if last else {}]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast_object_list(
@@ -140,8 +140,11 @@ def _all_reduce_vocab(tensor: Tensor, op: Literal["sum", "max"]) -> None:
     dist.all_reduce(tensor, _OPS[op], group=group)
 
 
-def _all_reduce_data(tensor: Tensor, op: Literal["sum", "max"]) -> None:
-    # Context parallel ranks have the same numbers, of all tokens.
+def all_reduce_data(tensor: Tensor, op: Literal["sum", "max"]) -> None:
+    """Reduce a tensor in place over the ranks that hold other samples.
+
+    Context parallel ranks have the same numbers, of all tokens.
+    """
     dist.all_reduce(tensor, _OPS[op], group=parallel_state.get_data_parallel_group())
 
 

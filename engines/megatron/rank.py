@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from rollflow.engines import weights
-from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.algorithms.config import AlgorithmConfig, own_function
 from rollflow.engines.algorithms.policy import needs
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
 from rollflow.engines.weights import PushResult
 from rollflow.storage.objects import Store
@@ -74,6 +75,8 @@ class Rank:
             gates=gates,
             temperature=temperature or 1.0,
             device=platform.device,
+            own_advantage=_own(algorithm, "advantage"),
+            own_loss=_own(algorithm, "loss"),
         )
         return cls(learner, model)
 
@@ -126,3 +129,9 @@ class Rank:
     def leave(self) -> None:
         """Take down the process groups."""
         parallel.leave()
+
+
+def _own(algorithm: AlgorithmConfig, field: Literal["advantage", "loss"]) -> Any:
+    """The user's function that the field names, or None where it names one of ours."""
+    path = own_function(algorithm, field)
+    return load_hook(path, field) if path else None

@@ -13,15 +13,25 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.algorithms.config import AlgorithmConfig, PolicyConfig
+from rollflow.engines.algorithms.diagnostics import advantage_metrics, derive, group_metrics
 from rollflow.engines.algorithms.metrics import Metrics
 from rollflow.engines.algorithms.mismatch import mismatch_metrics
-from rollflow.engines.algorithms.policy import LossInputs, compute_loss, needs
+from rollflow.engines.algorithms.policy import (
+    AdvantageFn,
+    AdvantageInputs,
+    LossFn,
+    LossInputs,
+    compute_advantages,
+    compute_loss,
+    needs,
+)
+from rollflow.engines.algorithms.returns import whiten
 from rollflow.storage.samples import Sample
 
-from .batch import MicroBatch, Row, cut_mini_batches, make_micro_batches, make_rows
+from .batch import MicroBatch, Row, cut_mini_batches, make_micro_batches, make_rows, scored_rewards
 from .config import GatesConfig, TrainerConfig
-from .forward import accumulate_gradients, logprobs_of, reduce_over_ranks
+from .forward import accumulate_gradients, all_reduce_data, logprobs_of, reduce_over_ranks
 from .gates import check_first_update, check_mismatch
 from .model import Model
 from .optimizer import update
@@ -44,6 +54,9 @@ class Learner:
     temperature: float
     """Of the rollout's sampling: log-probabilities are of the distribution it drew from."""
     device: str
+    own_advantage: AdvantageFn | None = None
+    """The function that ``algorithm.advantage`` names, where it names one."""
+    own_loss: LossFn | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class _Work:
     batch: MicroBatch
     old_logprobs_M: Tensor | None = None
     ref_logprobs_M: Tensor | None = None
+    advantages_M: Tensor | None = None
 
 
 def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str, float]:
@@ -65,7 +79,7 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
         ValueError: no sample can be trained on, or there are fewer groups than updates.
     """
     started = time.perf_counter()
-    rows = make_rows(samples, learner.algorithm, step)
+    rows = make_rows(samples, learner.algorithm, step, learner.own_advantage)
     if not rows:
         raise ValueError(
             f"step {step}: none of the batch's {len(samples)} samples can be trained on; all "
@@ -74,8 +88,12 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
     mini_batches = cut_mini_batches(rows, learner.trainer.updates_per_batch)
     work = [_start(learner, mini_batch) for mini_batch in mini_batches]
     work, metrics = _look_back(learner, work, rows, step)
+    if needs(learner.algorithm).old_logprobs:
+        work, found = _value(learner, work, rows)
+        metrics |= found | group_metrics(scored_rewards(samples), [s.group_id for s in samples])
     old_logprob_s = time.perf_counter() - started
     metrics |= _updates(learner, work, step)
+    metrics = derive(metrics)
     train_s = time.perf_counter() - started
     tokens = sum(len(row.tokens_t) for row in rows)
     return metrics | {
@@ -127,6 +145,45 @@ def _look_back(
     return work, metrics
 
 
+def _value(
+    learner: Learner, work: list[list[_Work]], rows: Sequence[Row]
+) -> tuple[list[list[_Work]], dict[str, float]]:
+    """What each token of the whole batch is worth, and what there is to watch of it."""
+    metrics, sizes = Metrics(), [len(ws) for ws in work]
+    flat = [w for ws in work for w in ws]
+    if all(w.old_logprobs_M is not None for w in flat):  # on the last pipeline stage
+        flat = [replace(w, advantages_M=_advantages(learner, w)) for w in flat]
+        if isinstance(learner.algorithm, PolicyConfig) and learner.algorithm.whiten:
+            whitened = whiten(
+                [w.advantages_M for w in flat if w.advantages_M is not None],
+                [w.batch.weights_M > 0 for w in flat],
+                all_reduce_data,
+            )
+            flat = [replace(w, advantages_M=a) for w, a in zip(flat, whitened, strict=True)]
+        mean_reward = sum(row.reward for row in rows) / len(rows)
+        for w in flat:
+            kept_M = w.batch.weights_M > 0
+            assert w.advantages_M is not None
+            metrics = metrics.merge(
+                advantage_metrics(w.advantages_M[kept_M], w.batch.rewards_M[kept_M], mean_reward)
+            )
+    pieces = iter(flat)
+    return [[next(pieces) for _ in range(n)] for n in sizes], reduce_over_ranks(metrics)
+
+
+def _advantages(learner: Learner, work: _Work) -> Tensor:
+    return compute_advantages(
+        learner.algorithm,
+        AdvantageInputs(
+            outcomes_T=work.batch.outcomes_M,
+            segments_T=work.batch.segments_M,
+            old_logprobs_T=work.old_logprobs_M,
+            ref_logprobs_T=work.ref_logprobs_M,
+            teacher_logprobs_T=work.batch.teacher_logprobs_M,
+        ),
+    ).advantages_T
+
+
 def _logprobs(learner: Learner, work: list[list[_Work]]) -> list[list[Tensor | None]]:
     found: list[list[Tensor | None]] = []
     for ws in work:
@@ -157,7 +214,7 @@ def _updates(learner: Learner, work: list[list[_Work]], step: int) -> dict[str, 
         def loss(
             i: int, logprobs_M: Tensor, entropy_M: Tensor, ws: list[_Work] = ws
         ) -> tuple[Tensor, Metrics]:
-            return _loss(learner.algorithm, ws[i], logprobs_M, entropy_M)
+            return _loss(learner, ws[i], logprobs_M, entropy_M)
 
         batches = [w.batch for w in ws]
         piece = accumulate_gradients(learner.model, batches, learner.temperature, loss)
@@ -173,16 +230,20 @@ def _updates(learner: Learner, work: list[list[_Work]], step: int) -> dict[str, 
 
 
 def _loss(
-    algorithm: AlgorithmConfig, work: _Work, logprobs_M: Tensor, entropy_M: Tensor
+    learner: Learner, work: _Work, logprobs_M: Tensor, entropy_M: Tensor
 ) -> tuple[Tensor, Metrics]:
+    policy = needs(learner.algorithm).old_logprobs
     return compute_loss(
-        algorithm,
+        learner.algorithm,
         LossInputs(
             logprobs_T=logprobs_M,
             weights_T=work.batch.weights_M,
             entropy_T=entropy_M,
-            advantages_T=work.batch.advantages_M,
+            advantages_T=work.advantages_M,
             old_logprobs_T=work.old_logprobs_M,
             ref_logprobs_T=work.ref_logprobs_M,
+            rollout_logprobs_T=work.batch.rollout_logprobs_M if policy else None,
+            segments_T=work.batch.segments_M,
         ),
+        learner.own_loss,
     )

@@ -49,7 +49,7 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
             "rollout.bach_size is not a setting; did you mean 'batch_size'?",
         ),
         (["--algorithm.eps_clp", "1"], "did you mean 'eps_clip'?"),
-        (["--algorithm.name", "grop"], "'grpo', 'sft'"),
+        (["--algorithm.name", "grop"], "'grpo', 'dr_grpo'"),
         (["--tensor-modl-parallel-size", "2"], "did you mean megatron.tensor_model_parallel_size?"),
         (["--sglang-mem-fraction", "1"], "did you mean sglang.mem_fraction_static?"),
         (["--router-polcy", "x"], "did you mean router.policy?"),

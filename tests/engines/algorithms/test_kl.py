@@ -45,6 +45,15 @@ def test_k3_is_never_negative(policy, reference):
     assert kl_estimate(pair[:1], pair[1:], "k3").item() >= -1e-6
 
 
+def test_the_low_variance_estimate_is_k3_held_to_ten():
+    policy = torch.tensor([-9.0, -1.0], requires_grad=True)
+    got = kl_estimate(policy, torch.tensor([-1.0, -1.5]), "low_var")
+    got.sum().backward()
+    assert got.tolist() == pytest.approx([10.0, math.exp(-0.5) - 0.5])
+    assert policy.grad is not None
+    assert policy.grad.tolist() == pytest.approx([0.0, 1 - math.exp(-0.5)])
+
+
 def test_k3_of_a_token_far_off_is_finite_and_so_is_its_gradient():
     policy = torch.tensor([-200.0, -0.1], requires_grad=True)
     got = kl_estimate(policy, torch.tensor([-0.1, -200.0]), "k3")

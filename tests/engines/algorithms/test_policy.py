@@ -1,4 +1,4 @@
-"""The whole loss: packed, cut into micro-batches, cut into ranks, or reckoned by hand."""
+"""The whole of each algorithm: packed, cut into micro-batches, or reckoned token by token."""
 
 import math
 from dataclasses import fields, replace
@@ -6,89 +6,148 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollflow.engines.algorithms.config import GrpoConfig, SftConfig
+from rollflow.engines.algorithms.config import (
+    CispoConfig,
+    CorrectionConfig,
+    CriticConfig,
+    DapoConfig,
+    DistillConfig,
+    DrGrpoConfig,
+    GrpoConfig,
+    GspoConfig,
+    PpoConfig,
+    ReinforcePlusPlusBaselineConfig,
+    ReinforcePlusPlusConfig,
+    RlooConfig,
+    SftConfig,
+)
 from rollflow.engines.algorithms.metrics import Metrics
 from rollflow.engines.algorithms.policy import (
+    AdvantageInputs,
     LossInputs,
+    ValueInputs,
     compute_advantages,
     compute_loss,
+    compute_outcomes,
+    compute_value_loss,
     needs,
 )
 from rollflow.engines.algorithms.reduction import token_weights
+from tests.engines.algorithms import scalar
 
-SETTINGS = [
-    GrpoConfig(),
-    GrpoConfig(reduction="sequence", eps_clip=0.1, eps_clip_high=0.1),
-    GrpoConfig(kl_coef=0.3, kl_type="k1", entropy_coef=0.01),
-    GrpoConfig(kl_coef=0.3, kl_type="k2", reduction="sequence"),
-    GrpoConfig(kl_coef=0.3, kl_type="k3", entropy_coef=0.01, reduction="sequence"),
-    SftConfig(),
-    SftConfig(reduction="sequence"),
-]
-IDS = ["grpo", "grpo-sequence", "k1", "k2-sequence", "k3-sequence", "sft", "sft-sequence"]
+
+def corrected(level, mode, **bounds):
+    bounds = {"low": 0.6, "high": 1.5, **bounds}
+    return GrpoConfig(correction=CorrectionConfig(level=level, mode=mode, **bounds))
+
+
+SETTINGS = {
+    "grpo": GrpoConfig(),
+    "grpo-k2": GrpoConfig(kl_coef=0.3, kl_type="k2", reduction="token"),
+    "grpo-k3": GrpoConfig(kl_coef=0.3, kl_type="k3", entropy_coef=0.01),
+    "grpo-low-var": GrpoConfig(kl_coef=0.3, kl_type="low_var"),
+    "grpo-unbiased-k1": GrpoConfig(kl_coef=0.3, kl_type="k1", kl_unbiased=True),
+    "grpo-unbiased-k3": GrpoConfig(kl_coef=0.3, kl_unbiased=True, reduction="episode"),
+    "grpo-episode": GrpoConfig(reduction="episode", kl_watch=True),
+    "dr_grpo": DrGrpoConfig(constant_tokens=7),
+    "dapo": DapoConfig(),
+    "dual-clip": DapoConfig(dual_clip=1.3),
+    "gspo": GspoConfig(eps_clip=0.05, eps_clip_high=0.1),
+    "gspo-token": GspoConfig(eps_clip=0.1, eps_clip_high=0.1, reduction="token", dual_clip=1.2),
+    "cispo": CispoConfig(eps_clip=0.2, eps_clip_high=0.3),
+    "rloo": RlooConfig(),
+    "reinforce_pp": ReinforcePlusPlusConfig(kl_coef=0.1, gamma=0.9),
+    "reinforce_pp_baseline": ReinforcePlusPlusBaselineConfig(kl_coef=0.2),
+    "baseline-reward": ReinforcePlusPlusBaselineConfig(kl_coef=0.2, kl_in="reward"),
+    "ppo": PpoConfig(kl_coef=0.2, gamma=0.97, kl_type="k3"),
+    "distill": DistillConfig(),
+    "grpo-teacher": GrpoConfig(teacher_coef=0.5),
+    **{
+        f"{mode}-{level}": corrected(level, mode)
+        for mode in ("truncate", "mask", "reject")
+        for level in ("token", "sequence", "geometric")
+    },
+    "off-policy": GrpoConfig(off_policy_delta=0.05),
+    "off-policy-truncate": GrpoConfig(off_policy_delta=0.05, correction=CorrectionConfig()),
+    "sft": SftConfig(),
+    "sft-sequence": SftConfig(reduction="sequence"),
+}
+each_setting = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
 masks_of_samples = st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=7)
+COLUMNS = ("new", "old", "ref", "rollout", "teacher", "value", "entropy", "advantage")
 
 
-def make_batch(masks, seed, reduction):
-    """A list of LossInputs, one per sample, in float64, and its bool masks."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = token_weights([torch.tensor(m) for m in masks], reduction)
-    samples = []
-    for weight in weights:
-        new, old, ref, entropy = -torch.rand(4, len(weight), generator=generator).double()
-        advantage = torch.randn(1, generator=generator).double().expand(len(weight))
-        samples.append(LossInputs(new, weight.double(), -entropy, advantage, old, ref))
-    return samples
+class Batch:
+    """Random ragged samples: as packed tensors, and as the scalar references take them."""
+
+    def __init__(self, config, masks, seed):
+        draw = torch.Generator().manual_seed(seed)
+        self.config = config
+        self.masks = [torch.tensor(mask) for mask in masks]
+        self.episodes = [f"e{int(torch.randint(3, (), generator=draw))}" for _ in masks]
+        self.groups = [f"g{episode}"[:2] for episode in self.episodes]
+        self.rewards = [float(torch.randint(3, (), generator=draw)) for _ in masks]
+        self.columns = []
+        for mask in masks:
+            new = -2 * torch.rand(len(mask), generator=draw).double()
+            near = new + 0.3 * torch.randn(4, len(mask), generator=draw).double()
+            rest = torch.randn(3, len(mask), generator=draw).double()
+            self.columns.append(
+                dict(zip(COLUMNS, (new, *near, rest[0], rest[1].abs(), rest[2]), strict=True))
+            )
+        constant = getattr(config, "constant_tokens", 0)
+        self.weights = [
+            w.double() for w in token_weights(self.masks, config.reduction, self.episodes, constant)
+        ]
+
+    def loss_inputs(self):
+        """One LossInputs per sample; segments are numbered when they are packed."""
+        return [
+            LossInputs(
+                logprobs_T=c["new"],
+                weights_T=w,
+                entropy_T=c["entropy"],
+                advantages_T=c["advantage"],
+                old_logprobs_T=c["old"],
+                ref_logprobs_T=c["ref"],
+                rollout_logprobs_T=c["rollout"],
+                segments_T=torch.zeros(len(w), dtype=torch.long),
+            )
+            for c, w in zip(self.columns, self.weights, strict=True)
+        ]
+
+    def samples(self, *, gradient=()):
+        """Trained tokens only, as dicts of scalars; ``gradient`` names columns that are leaves."""
+        return [
+            [
+                {
+                    name: column[t].clone().requires_grad_(name in gradient)
+                    for name, column in columns.items()
+                }
+                for t in range(len(mask))
+                if mask[t]
+            ]
+            for columns, mask in zip(self.columns, self.masks, strict=True)
+        ]
+
+    def spread(self, values):
+        """Numbers of trained tokens, put to their places among all; 0 elsewhere."""
+        flat = iter(values)
+        return [next(flat) if m else 0.0 for mask in self.masks for m in mask.tolist()]
 
 
 def pack(samples):
     packed = {
         field.name: torch.cat([getattr(sample, field.name) for sample in samples])
         for field in fields(LossInputs)
+        if getattr(samples[0], field.name) is not None
     }
+    lengths = torch.tensor([len(sample.weights_T) for sample in samples])
+    packed["segments_T"] = torch.arange(len(samples)).repeat_interleave(lengths)
     return LossInputs(**packed)
-
-
-def reference_token(config, new, entropy, advantage, old, ref):
-    """(loss, derivative in new, derivative in entropy) of one trained token."""
-    if isinstance(config, SftConfig):
-        return -new, -1.0, 0.0
-    ratio = math.exp(new - old)
-    bounded = min(max(ratio, 1 - config.eps_clip), 1 + config.eps_clip_high)
-    clipped = -bounded * advantage > -ratio * advantage
-    loss, slope = (-bounded * advantage, 0.0) if clipped else (-ratio * advantage,) * 2
-    log_ratio = new - ref
-    kl, kl_slope = {
-        "k1": (log_ratio, 1.0),
-        "k2": (log_ratio**2 / 2, log_ratio),
-        "k3": (math.exp(-log_ratio) - 1 + log_ratio, 1 - math.exp(-log_ratio)),
-    }[config.kl_type]
-    return (
-        loss + config.kl_coef * kl - config.entropy_coef * entropy,
-        slope + config.kl_coef * kl_slope,
-        -config.entropy_coef,
-    )
-
-
-def reference_loss(config, samples, masks):
-    """(loss, gradients in the log-probabilities, gradients in the entropies) of a mini-batch."""
-    total, on_new, on_entropy = 0.0, [], []
-    trained = [sum(mask) for mask in masks]
-    for sample, mask in zip(samples, masks, strict=True):
-        share = sum(trained)
-        if config.reduction == "sequence":
-            share = sum(n > 0 for n in trained) * sum(mask)
-        for t, kept in enumerate(mask):
-            names = ("logprobs_T", "entropy_T", "advantages_T", "old_logprobs_T", "ref_logprobs_T")
-            token = [getattr(sample, name)[t].item() for name in names]
-            loss, a, b = reference_token(config, *token) if kept else (0.0, 0.0, 0.0)
-            total += loss / max(share, 1)
-            on_new.append(a / max(share, 1))
-            on_entropy.append(b / max(share, 1))
-    return total, on_new, on_entropy
 
 
 def with_gradient(inputs):
@@ -115,22 +174,104 @@ def run(config, micro_batches):
     return total, torch.cat(on_new), torch.cat(on_entropy), metrics.values()
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=IDS)
+def slopes(samples, name):
+    return [
+        0.0 if token[name].grad is None else token[name].grad.item()
+        for sample in samples
+        for token in sample
+    ]
+
+
+@each_setting
+@settings(max_examples=15)
 @given(masks=masks_of_samples, seed=st.integers(0, 10**6))
 def test_the_loss_equals_the_scalar_reference_in_value_and_gradient(config, masks, seed):
-    samples = make_batch(masks, seed, config.reduction)
-    loss, on_new, on_entropy, metrics = run(config, [samples])
-    expected, expected_new, expected_entropy = reference_loss(config, samples, masks)
+    batch = Batch(config, masks, seed)
+    loss, on_new, on_entropy, metrics = run(config, [batch.loss_inputs()])
+    samples = batch.samples(gradient=("new", "entropy"))
+    expected = scalar.reduced(config, samples, batch.episodes)
+    if isinstance(expected, torch.Tensor):
+        expected.backward()
+        expected = expected.item()
     assert loss == pytest.approx(expected, rel=1e-6, abs=1e-7)
-    assert on_new.tolist() == pytest.approx(expected_new, rel=1e-6, abs=1e-7)
-    assert on_entropy.tolist() == pytest.approx(expected_entropy, rel=1e-6, abs=1e-7)
-    assert metrics["train/loss"] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    for found, name in ((on_new, "new"), (on_entropy, "entropy")):
+        slope = batch.spread(slopes(samples, name))
+        assert found.tolist() == pytest.approx(slope, rel=1e-6, abs=1e-7)
+    total = sum(float(w.sum()) for w in batch.weights)
+    assert metrics["train/loss"] * total == pytest.approx(expected, rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=IDS)
+@each_setting
+@settings(max_examples=15)
+@given(masks=masks_of_samples, seed=st.integers(0, 10**6))
+def test_advantages_equal_the_scalar_reference_token_by_token(config, masks, seed):
+    if config.name == "sft":
+        return
+    batch = Batch(config, masks, seed)
+    outcomes = compute_outcomes(config, batch.rewards, batch.groups, batch.episodes)
+    expected_outcomes = batch.rewards
+    if config.advantage == "none":
+        expected_outcomes = [0.0] * len(masks)
+    elif config.advantage not in ("return", "gae"):
+        expected_outcomes = scalar.group_outcomes(
+            batch.rewards, batch.groups, batch.episodes, config.advantage
+        )
+    assert outcomes.tolist() == pytest.approx(expected_outcomes, rel=1e-6, abs=1e-7)
+    samples = batch.samples()
+    kept = torch.cat(batch.masks)
+    packed = {n: torch.cat([c[n] for c in batch.columns])[kept] for n in COLUMNS}
+    counts = torch.tensor([len(s) for s in samples])
+    got = compute_advantages(
+        config,
+        AdvantageInputs(
+            outcomes_T=outcomes.repeat_interleave(counts),
+            segments_T=torch.arange(len(samples)).repeat_interleave(counts),
+            old_logprobs_T=packed["old"],
+            ref_logprobs_T=packed["ref"],
+            values_T=packed["value"],
+            teacher_logprobs_T=packed["teacher"],
+        ),
+    )
+    pairs = [
+        scalar.advantages_of(config, s, o)
+        for s, o in zip(samples, expected_outcomes, strict=True)
+        if s
+    ]
+    expected = [a for advantages, _ in pairs for a in advantages]
+    assert got.advantages_T.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    if config.advantage == "gae":
+        assert got.returns_T is not None
+        returns = [r for _, more in pairs for r in more or ()]
+        assert got.returns_T.tolist() == pytest.approx(returns, rel=1e-5, abs=1e-5)
+
+
+@given(masks=masks_of_samples, seed=st.integers(0, 10**6), clip=st.floats(0.05, 1.0))
+def test_the_value_loss_equals_the_scalar_reference_in_value_and_gradient(masks, seed, clip):
+    batch = Batch(PpoConfig(), masks, seed)
+    values, old, returns = (torch.cat([c[n] for c in batch.columns]) for n in COLUMNS[5:8])
+    values = values.clone().requires_grad_()
+    weights = torch.cat(batch.weights)
+    inputs = ValueInputs(values, old, returns, weights)
+    loss = compute_value_loss(CriticConfig(value_clip=clip), inputs).loss
+    loss.backward()
+    leaves = [v.clone().requires_grad_() for v in values.detach()]
+    terms = [
+        w * scalar.value_term(v, o.item(), r.item(), clip)
+        for v, o, r, w in zip(leaves, old, returns, weights, strict=True)
+    ]
+    expected = torch.stack(terms).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+    assert values.grad is not None
+    slope = [0.0 if leaf.grad is None else leaf.grad.item() for leaf in leaves]
+    assert values.grad.tolist() == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+@each_setting
+@settings(max_examples=15)
 @given(masks=masks_of_samples, seed=st.integers(0, 10**6), cuts=st.sets(st.integers(1, 6)))
 def test_it_does_not_matter_how_a_batch_is_cut(config, masks, seed, cuts):
-    samples = make_batch(masks, seed, config.reduction)
+    samples = Batch(config, masks, seed).loss_inputs()
     edges = [0, *sorted(cut for cut in cuts if cut < len(samples)), len(samples)]
     pieces = [samples[a:b] for a, b in pairwise(edges)]
     whole, parts = run(config, [samples]), run(config, pieces)
@@ -140,17 +281,17 @@ def test_it_does_not_matter_how_a_batch_is_cut(config, masks, seed, cuts):
     assert parts[3] == pytest.approx(whole[3], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=IDS)
+@each_setting
 def test_what_stands_at_tokens_that_are_not_trained_on_does_not_matter(config):
     masks = [[False, True, True], [False, False], [True]]
-    samples = make_batch(masks, 1, config.reduction)
+    samples = Batch(config, masks, 1).loss_inputs()
     spoiled = [
         replace(
             sample,
             **{
                 field.name: getattr(sample, field.name).masked_fill(~torch.tensor(mask), torch.nan)
                 for field in fields(LossInputs)
-                if field.name != "weights_T"
+                if field.name not in ("weights_T", "segments_T")
             },
         )
         for sample, mask in zip(samples, masks, strict=True)
@@ -162,7 +303,7 @@ def test_what_stands_at_tokens_that_are_not_trained_on_does_not_matter(config):
 
 
 def test_on_fresh_weights_the_ratio_is_exactly_one_and_the_kl_exactly_zero():
-    samples = make_batch([[True] * 5, [True] * 3], 2, "token")
+    samples = Batch(GrpoConfig(), [[True] * 5, [True] * 3], 2).loss_inputs()
     fresh = [replace(s, old_logprobs_T=s.logprobs_T.clone()) for s in samples]
     metrics = run(GrpoConfig(), [fresh])[3]
     assert metrics["train/ratio_max"] == 1.0
@@ -178,25 +319,32 @@ def test_diagnostics_are_means_over_trained_tokens():
         entropy_T=torch.tensor([1.0, 2.0, 3.0, 9.0]),
         advantages_T=torch.tensor([1.0, -1.0, 1.0, 1.0]),
         old_logprobs_T=torch.tensor([-2.0, -1.0, -1.0, 0.0]),
+        rollout_logprobs_T=torch.tensor([-2.0, -1.0, -1.0, 0.0]),
     )
-    metrics = compute_loss(GrpoConfig(), inputs).metrics.values()
+    metrics = compute_loss(DapoConfig(), inputs).metrics.values()
     assert metrics == pytest.approx(
         {
             "train/loss": -1.28 * 0.5,
             "train/pg_loss": -1.28 * 0.5,
             "train/pg_clipfrac": 1 / 3,
+            "train/clipfrac_low": 0.0,
+            "train/clipfrac_high": 1 / 3,
             "train/ppo_kl": -1 / 3,
+            "train/ratio": (math.e + 2) / 3,
+            "train/ratio_sq": (math.e**2 + 2) / 3,
+            "train/kl_rollout": (math.e - 2) / 3,
             "train/entropy": 2.0,
             "train/ratio_max": math.e,
+            "train/inverse_ratio_max": 1.0,
             "train/log_ratio_max": 1.0,
         },
         rel=1e-6,
     )
 
 
-@pytest.mark.parametrize("config", SETTINGS, ids=IDS)
+@each_setting
 def test_a_micro_batch_without_a_trained_token_has_the_same_metric_names_and_no_share(config):
-    full = make_batch([[True]], 3, config.reduction)
+    full = Batch(config, [[True]], 3).loss_inputs()
     empty = [replace(full[0], weights_T=torch.zeros(1, dtype=torch.float64))]
     assert run(config, [empty])[3].keys() == run(config, [full])[3].keys()
     assert run(config, [full, empty])[3] == run(config, [full])[3]
@@ -204,23 +352,24 @@ def test_a_micro_batch_without_a_trained_token_has_the_same_metric_names_and_no_
 
 
 def test_a_sample_that_failed_counts_in_no_group():
-    config = GrpoConfig(normalize_std=False)
-    got = compute_advantages(config, [1.0, None, 0.0, None], ["a", "a", "a", "b"])
+    config = DrGrpoConfig()
+    got = compute_outcomes(config, [1.0, None, 0.0, None], ["a", "a", "a", "b"])
     assert got.tolist() == [0.5, 0.0, -0.5, 0.0]
     assert got.dtype == torch.float32
-    assert compute_advantages(config, [None, None], ["a", "b"]).tolist() == [0.0, 0.0]
-
-
-def test_the_std_setting_reaches_the_advantages():
-    got = compute_advantages(GrpoConfig(), [3.0, 0.0, 0.0, 0.0], ["a"] * 4)
-    assert got.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+    assert compute_outcomes(config, [None, None], ["a", "b"]).tolist() == [0.0, 0.0]
 
 
 def test_supervised_training_has_no_advantages_and_needs_only_labels():
-    assert compute_advantages(SftConfig(), [None, 2.0], ["a", "a"]).tolist() == [0.0, 0.0]
-    assert needs(SftConfig()) == (False, False, False)
-    assert needs(GrpoConfig()) == (True, True, False)
+    assert compute_outcomes(SftConfig(), [None, 2.0], ["a", "a"]).tolist() == [0.0, 0.0]
+    assert not any(needs(SftConfig()))
+
+
+def test_each_algorithm_asks_for_what_it_uses_and_no_more():
+    assert needs(GrpoConfig()) == (True, True, False, False, False)
     assert needs(GrpoConfig(kl_coef=0.1)).ref_logprobs
+    assert needs(GrpoConfig(kl_watch=True)).ref_logprobs
+    assert needs(PpoConfig(kl_coef=0)) == (True, True, False, True, False)
+    assert needs(DistillConfig()) == (False, True, False, False, True)
 
 
 @pytest.mark.parametrize(
@@ -230,15 +379,57 @@ def test_supervised_training_has_no_advantages_and_needs_only_labels():
         (GrpoConfig(), "advantages_T"),
         (GrpoConfig(kl_coef=0.1), "ref_logprobs_T"),
         (GrpoConfig(entropy_coef=0.1), "entropy_T"),
+        (GspoConfig(), "segments_T"),
+        (corrected("token", "mask"), "rollout_logprobs_T"),
+        (GrpoConfig(off_policy_delta=1.0), "rollout_logprobs_T"),
     ],
 )
 def test_a_missing_tensor_is_named(config, missing):
-    inputs = replace(make_batch([[True]], 4, "token")[0], **{missing: None})
+    inputs = replace(Batch(config, [[True]], 4).loss_inputs()[0], **{missing: None})
     with pytest.raises(ValueError, match=f"{missing} is missing"):
         compute_loss(config, inputs)
 
 
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (PpoConfig(kl_coef=0), "values_T"),
+        (ReinforcePlusPlusConfig(), "ref_logprobs_T"),
+        (DistillConfig(), "teacher_logprobs_T"),
+    ],
+)
+def test_what_an_advantage_misses_is_named(config, missing):
+    inputs = AdvantageInputs(
+        torch.ones(1), torch.zeros(1, dtype=torch.long), old_logprobs_T=torch.zeros(1)
+    )
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        compute_advantages(config, inputs)
+
+
 def test_a_misshapen_tensor_is_named():
-    inputs = replace(make_batch([[True]], 5, "token")[0], advantages_T=torch.zeros(2))
+    batch = Batch(GrpoConfig(), [[True]], 5)
+    inputs = replace(batch.loss_inputs()[0], advantages_T=torch.zeros(2))
     with pytest.raises(ValueError, match=r"advantages_T has shape \(2,\)"):
         compute_loss(GrpoConfig(), inputs)
+
+
+def test_an_advantage_and_a_loss_of_ones_own_take_the_place_of_ours():
+    config = GrpoConfig(advantage="my:advantage", loss="my:loss", kl_coef=0.5, kl_type="k2")
+    found = compute_outcomes(
+        config, [1.0, None, 3.0], ["a", "a", "b"], own=lambda outcomes: 2 * outcomes.rewards_N
+    )
+    assert found.tolist() == [2.0, 0.0, 6.0]
+    inputs = LossInputs(
+        logprobs_T=torch.tensor([-1.0, -2.0], requires_grad=True),
+        weights_T=torch.tensor([0.5, 0.5]),
+        advantages_T=torch.tensor([1.0, -1.0]),
+        old_logprobs_T=torch.tensor([-1.0, -2.0]),
+        ref_logprobs_T=torch.tensor([-2.0, -2.0]),
+    )
+    loss = compute_loss(config, inputs, lambda i: i.logprobs_T * 3).loss
+    assert loss.item() == pytest.approx(-4.5 + 0.5 * 0.25)
+    for wrong in (lambda i: i.logprobs_T[:1], lambda i: i.logprobs_T / 0):
+        with pytest.raises(ValueError, match=r"loss = 'my:loss' gave a tensor"):
+            compute_loss(config, inputs, wrong)
+    with pytest.raises(ValueError, match="none was given"):
+        compute_loss(config, inputs)

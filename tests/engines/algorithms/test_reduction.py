@@ -44,3 +44,14 @@ def test_weights_sum_to_one_and_are_zero_exactly_where_nothing_is_trained(reduct
 def test_a_long_sample_outweighs_a_short_one_by_token_but_not_by_sequence():
     assert sample_weights([1, 3, 0], "token") == [0.25, 0.25, 0.0]
     assert sample_weights([1, 3, 0], "sequence") == [0.5, 1 / 6, 0.0]
+
+
+def test_siblings_of_an_episode_count_once_and_share_its_tokens():
+    assert sample_weights([1, 3, 2, 0], "episode", ["a", "a", "b", "c"]) == [1 / 8, 1 / 8, 1 / 4, 0]
+    assert sample_weights([1, 3], "episode") == [0.5, 1 / 6]
+
+
+def test_a_constant_divisor_does_not_know_how_long_samples_are():
+    assert sample_weights([1, 3, 0], "constant", constant_tokens=10) == [1 / 20, 1 / 20, 0.0]
+    with pytest.raises(ValueError, match="constant_tokens is 0"):
+        sample_weights([1], "constant")

@@ -35,7 +35,7 @@ def test_ranks_carry_alike(lengths):
     assert max(loads) - min(loads) <= max(lengths)
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("reduction", ["token", "sequence", "episode"])
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 20), (3, 20), (40, 5)])
 def test_the_weights_of_all_micro_batches_and_ranks_sum_to_one(
     make_samples, reduction, ranks, budget

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rollflow.engines.algorithms.config import GrpoConfig, SftConfig
+from rollflow.engines.algorithms.config import DapoConfig, GrpoConfig, SftConfig
 from rollflow.engines.megatron.config import GatesConfig, TrainerConfig
 from rollflow.engines.megatron.gates import GateError, check_gradient, check_mismatch
 
@@ -47,7 +47,7 @@ def test_supervised_steps_equal_adamw_on_transformers(one_rank, run, model_path,
             assert metrics["train/tokens"] == sum(len(s.response_ids) for s in samples)
 
 
-@pytest.mark.parametrize("algorithm", [GrpoConfig(), GrpoConfig(reduction="sequence"), SftConfig()])
+@pytest.mark.parametrize("algorithm", [GrpoConfig(), DapoConfig(), SftConfig()])
 def test_cutting_into_micro_batches_changes_nothing(one_rank, run, algorithm):
     batch = run.commit(0)
     found = []
