@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import App, Parameter
+from cyclopts import App
 from rich.console import Console
 from rich.text import Text
 
-from . import server
+from . import cli_look, server
+from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -20,19 +21,8 @@ if TYPE_CHECKING:
 app = App(
     name="rollflow", help="Reinforcement-learning post-training of language models as a workflow."
 )
-app.command(runs := App(name="runs", help="The runs in a store."))
-app.command(rollouts := App(name="rollouts", help="The samples that a run stored."))
-console = Console(soft_wrap=True)
-
-Words = Annotated[
-    str,
-    Parameter(
-        allow_leading_hyphen=True,
-        help="Settings laid over the file: --rollout-batch-size 64, --sglang-mem-fraction-static 0.5, --router-policy round_robin, --tensor-model-parallel-size 2.",
-    ),
-]
-StoreUrl = Annotated[str, Parameter(help="Store that holds the runs: any fsspec URL.")]
-DEFAULT_STORE = ".rollflow/store"
+app.command(cli_look.runs)
+app.command(cli_look.rollouts)
 
 
 def main() -> None:
@@ -173,50 +163,6 @@ def up() -> None:
 def down() -> None:
     """Stop the local Prefect server."""
     console.print("stopped" if server.stop() else "no local Prefect server runs")
-
-
-@runs.command(name="ls")
-def list_runs(store: StoreUrl = DEFAULT_STORE) -> None:
-    """List runs with their steps, checkpoints and last reward."""
-    from .show import print_runs
-
-    print_runs(store, console)
-
-
-@rollouts.command(name="ls")
-def list_rollouts(run: str, store: StoreUrl = DEFAULT_STORE, steps: int = 20) -> None:
-    """List a run's batches.
-
-    Parameters
-    ----------
-    run: name of the run.
-    steps: how many of the newest steps.
-    """
-    from .show import print_batches
-
-    print_batches(store, run, steps, console)
-
-
-@rollouts.command(name="show")
-def show_rollouts(
-    run: str,
-    store: StoreUrl = DEFAULT_STORE,
-    step: int | None = None,
-    sample: str | None = None,
-    limit: int = 10,
-) -> None:
-    """Print stored samples: prompt, answer, reward and what produced them.
-
-    Parameters
-    ----------
-    run: name of the run.
-    step: the step; the newest unless given.
-    sample: one sample's id, shown token by token.
-    limit: how many samples.
-    """
-    from .show import print_samples
-
-    print_samples(store, run, step, sample, limit, console)
 
 
 def _run_flow(

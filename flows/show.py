@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rollflow.storage.config import StoreConfig
-from rollflow.storage.inspect import batch_rows, batch_samples, run_rows
+from rollflow.storage.inspect import batch_rows, batch_samples, find_sample, run_rows
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
 from rollflow.storage.samples import Sample
@@ -53,29 +53,38 @@ def print_batches(url: str, run: str, newest: int, console: Console) -> None:
     console.print(table)
 
 
-def print_samples(
-    url: str, run: str, step: int | None, sample_id: str | None, limit: int, console: Console
-) -> None:
-    """Samples of a step as a table, or one sample with every token.
+def print_samples(url: str, run: str, step: int | None, limit: int, console: Console) -> None:
+    """Samples of a step as a table, of the newest unless ``step`` is given.
 
     Raises:
-        ValueError: the step has no batch, or no sample has that id.
+        ValueError: the step has no batch.
     """
     store = Store(StoreConfig(url=url))
     samples = batch_samples(store, open_run(store, run), step)
-    if sample_id is None:
-        _print_table(samples[:limit], len(samples), console)
-        return
-    found = [s for s in samples if s.sample_id == sample_id]
-    if not found:
-        raise ValueError(
-            f"no sample {sample_id!r} in step {samples[0].step} of run {run!r}; "
-            f"ids look like {samples[0].sample_id!r}"
-        )
-    _print_sample(found[0], console)
+    _print_table(samples[:limit], console)
+    graders = ", ".join(sorted({s.grader for s in samples}))
+    console.print(
+        f"{min(limit, len(samples))} of {len(samples)} samples of step {samples[0].step}; grader {graders}"
+    )
 
 
-def _print_table(samples: list[Sample], total: int, console: Console) -> None:
+def print_filtered(samples: list[Sample], console: Console) -> None:
+    """Samples of any steps as a table."""
+    _print_table(samples, console)
+    console.print(f"{len(samples)} samples")
+
+
+def print_sample(url: str, run: str, sample_id: str, console: Console) -> None:
+    """One sample with every token.
+
+    Raises:
+        ValueError: the run has no sample of that id.
+    """
+    store = Store(StoreConfig(url=url))
+    _print_facts(find_sample(store, open_run(store, run), sample_id), console)
+
+
+def _print_table(samples: list[Sample], console: Console) -> None:
     table = Table("sample", "prompt", "answer", "label", "reward", "status", "version", box=None)
     for sample in samples:
         table.add_row(
@@ -88,11 +97,9 @@ def _print_table(samples: list[Sample], total: int, console: Console) -> None:
             _versions(sample),
         )
     console.print(table)
-    graders = ", ".join(sorted({s.grader for s in samples}))
-    console.print(f"{len(samples)} of {total} samples of step {samples[0].step}; grader {graders}")
 
 
-def _print_sample(sample: Sample, console: Console) -> None:
+def _print_facts(sample: Sample, console: Console) -> None:
     facts = Table(box=None, show_header=False)
     for name in (
         "sample_id",
@@ -103,6 +110,8 @@ def _print_sample(sample: Sample, console: Console) -> None:
         "reward",
         "reward_parts",
         "grader",
+        "previous_reward",
+        "previous_grader",
         "status",
         "finish_reason",
         "seed",

@@ -1,13 +1,20 @@
 """What a person wants to see of a store, as plain rows; printing is somebody else's."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from .checkpoints import newest_checkpoint
-from .manifests import batch_steps, find_batch, read_batch
+from .manifests import batch_steps, find_batch, manifest_parts, read_batch, read_manifest
 from .objects import Store
+from .query import reader
 from .refs import BatchRef, RunRef
 from .runs import list_runs
 from .samples import Sample
+from .schema import SCHEMA, from_table
+from .shards import read_part
 from .steps import last_step
 
 
@@ -61,6 +68,38 @@ def batch_samples(
     wanted = "no committed batch" if step is None else f"no committed batch of step {step}"
     known = batch_steps(store, run, dataset)
     raise ValueError(f"run {run.name!r} has {wanted}; it has folders of steps {known}")
+
+
+def find_sample(store: Store, run: RunRef, sample_id: str, dataset: str | None = None) -> Sample:
+    """Read one sample of a run, its part verified. ValueError where there is none of that id."""
+    group_id, _, index = sample_id.rpartition("#")
+    if not group_id or not index.isdigit():
+        raise ValueError(f"sample {sample_id!r}: ids look like '000012/train.jsonl:7#3'")
+    own = group_id.partition("/")[0]
+    steps = batch_steps(store, run, dataset)
+    likely = [int(own)] if own.isdigit() and int(own) in steps else []
+    is_it = (pc.field("group_id") == group_id) & (pc.field("index") == int(index))
+    for step in [*likely, *(s for s in reversed(steps) if s not in likely)]:
+        if (ref := find_batch(store, run, step, dataset)) is None:
+            continue
+        for part in manifest_parts(read_manifest(store, ref.url)):
+            if (found := read_part(store, ref.url, part).filter(is_it)).num_rows:
+                return from_table(found)[0]
+    raise ValueError(f"run {run.name!r} has no sample {sample_id!r}")
+
+
+def sample_rows(
+    store: Store,
+    run: RunRef,
+    where: str,
+    parameters: Sequence[Any] = (),
+    limit: int | None = None,
+) -> pa.RecordBatchReader:
+    """Give all columns of the samples that an SQL condition holds for, in order, batch by batch."""
+    columns = ", ".join(f'"{name}"' for name in SCHEMA.names)
+    cut = "" if limit is None else f" LIMIT {int(limit)}"
+    text = f'SELECT {columns} FROM samples WHERE {where} ORDER BY step, group_id, "index"{cut}'
+    return reader(store, run, text, parameters)
 
 
 def _batch_row(step: int, ref: BatchRef | None) -> dict[str, Any]:

@@ -90,6 +90,12 @@ class Sample:
     cached_tokens: int = 0
     """Prompt tokens that the engine took from its prefix cache."""
 
+    # of a sample that was scored again
+    previous_reward: float | None = None
+    """What the earlier grader gave, where there was one and it did."""
+    previous_grader: str = ""
+    """The earlier ``grader``; empty where the sample was scored once."""
+
     @property
     def sample_id(self) -> str:
         """Name of the sample, unique in its run: ``{group_id}#{index}``."""

@@ -1,4 +1,4 @@
-"""Samples as Arrow: schema v1, one row a sample, and the exact way there and back."""
+"""Samples as Arrow: one row a sample, and the exact way there and back. Older schemas are read too."""
 
 import json
 from collections.abc import Sequence
@@ -41,10 +41,17 @@ SCHEMA = pa.schema(
         pa.field("generate_s", pa.float64(), nullable=False),
         pa.field("score_s", pa.float64(), nullable=False),
         pa.field("cached_tokens", pa.int64(), nullable=False),
+        pa.field("previous_reward", pa.float64(), nullable=True),
+        pa.field("previous_grader", pa.string(), nullable=False),
     ],
-    metadata={"rollflow.schema": "1"},
+    metadata={"rollflow.schema": "2"},
 )
-"""Schema v1; storage/README.md explains every column."""
+"""Schema 2, which is written; storage/README.md explains every column."""
+
+ADDED: dict[int, dict[str, Any]] = {2: {"previous_reward": None, "previous_grader": ""}}
+"""Columns by the version that brought them, with the value that older samples get."""
+
+_NEWEST = max(ADDED)
 
 JSON_COLUMNS = ("metadata", "sampling")
 """Columns that hold a JSON object as text."""
@@ -61,22 +68,41 @@ def to_table(samples: Sequence[Sample]) -> pa.Table:
 
 
 def from_table(table: pa.Table) -> list[Sample]:
-    """Give the table's rows as samples, in their order; ValueError where it is not schema v1."""
-    check_schema(table.schema)
+    """Give the table's rows as samples, in their order; ValueError where no version fits it."""
+    table = upgraded(table)
     columns = [_values(field, table.column(field.name)) for field in SCHEMA]
     names = SCHEMA.names
     return [Sample(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
-def check_schema(schema: pa.Schema) -> None:
-    """Refuse a schema that is not v1, naming its version or the columns that differ."""
-    version = (schema.metadata or {}).get(b"rollflow.schema", b"none").decode()
-    if version != "1":
-        raise ValueError(f"rollflow.schema is {version}; this version of rollflow reads 1")
-    if not schema.equals(SCHEMA):
-        ours, theirs = set(SCHEMA), set(schema)
+def upgraded(table: pa.Table) -> pa.Table:
+    """Give a table of any version as one of ``SCHEMA``; ValueError where no version fits it."""
+    version = check_schema(table.schema)
+    for later in range(version + 1, _NEWEST + 1):
+        for name, value in ADDED[later].items():
+            field = SCHEMA.field(name)
+            filled = pa.repeat(pa.scalar(value, field.type), table.num_rows)
+            table = table.append_column(field, filled)
+    return table.replace_schema_metadata(SCHEMA.metadata)
+
+
+def check_schema(schema: pa.Schema) -> int:
+    """Give the version of a schema; ValueError names an unknown one or the columns that differ."""
+    text = (schema.metadata or {}).get(b"rollflow.schema", b"none").decode()
+    if text not in {str(version) for version in range(1, _NEWEST + 1)}:
+        raise ValueError(
+            f"rollflow.schema is {text}; this version of rollflow reads 1 to {_NEWEST}"
+        )
+    version = int(text)
+    later = {name for number in range(version + 1, _NEWEST + 1) for name in ADDED[number]}
+    expected = pa.schema([field for field in SCHEMA if field.name not in later])
+    if not schema.equals(expected):
+        ours, theirs = set(expected), set(schema)
         differing = sorted({field.name for field in ours ^ theirs}) or "their order"
-        raise ValueError(f"columns differ from schema 1: {differing}; write them with to_table")
+        raise ValueError(
+            f"columns differ from schema {text}: {differing}; write them with to_table"
+        )
+    return version
 
 
 def _column(field: pa.Field, samples: Sequence[Sample]) -> pa.Array:

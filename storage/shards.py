@@ -11,7 +11,7 @@ from .lease import check_fence
 from .objects import Store
 from .refs import RunRef
 from .samples import Sample
-from .schema import SCHEMA, check_schema, to_table
+from .schema import SCHEMA, to_table, upgraded
 
 MANIFEST = "manifest.json"
 """Name of the object that makes a folder exist."""
@@ -125,14 +125,13 @@ def encode(table: pa.Table) -> bytes:
 
 
 def decode(data: bytes | pa.Buffer, name: str) -> pa.Table:
-    """Read an Arrow IPC file of schema v1; ManifestError names the object otherwise."""
+    """Read an Arrow IPC file of any schema version; ManifestError names the object otherwise."""
     try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
         table.validate(full=True)
-        check_schema(table.schema)
+        return upgraded(table)
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise ManifestError(name, "an Arrow file of schema 1", str(error)) from error
-    return table.replace_schema_metadata(SCHEMA.metadata)
+        raise ManifestError(name, "an Arrow file of samples", str(error)) from error
 
 
 def _is_sealed(data: bytes) -> bool:

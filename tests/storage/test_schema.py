@@ -59,6 +59,8 @@ def any_sample(draw) -> Sample:
         generate_s=draw(REAL),
         score_s=draw(REAL),
         cached_tokens=draw(INT64),
+        previous_reward=draw(st.none() | REAL),
+        previous_grader=draw(TEXT),
     )
 
 
@@ -84,7 +86,7 @@ def test_a_slice_or_a_table_in_several_chunks_reads_the_same(samples, data):
 
 def test_every_field_of_a_sample_is_a_column_in_the_same_order():
     assert SCHEMA.names == [field.name for field in fields(Sample)]
-    assert SCHEMA.metadata == {b"rollflow.schema": b"1"}
+    assert SCHEMA.metadata == {b"rollflow.schema": b"2"}
 
 
 def test_log_probabilities_are_rounded_to_float32_and_nothing_else_is(make_sample):
@@ -120,8 +122,8 @@ def test_a_value_that_would_not_come_back_is_refused_by_name(make_sample, field,
 
 def test_a_table_of_another_schema_is_refused(make_sample):
     table = to_table([make_sample(0, 0)])
-    with pytest.raises(ValueError, match=r"rollflow.schema is 2"):
-        from_table(table.replace_schema_metadata({"rollflow.schema": "2"}))
+    with pytest.raises(ValueError, match=r"rollflow.schema is 3; .* reads 1 to 2"):
+        from_table(table.replace_schema_metadata({"rollflow.schema": "3"}))
     with pytest.raises(ValueError, match=r"rollflow.schema is none"):
         from_table(table.replace_schema_metadata(None))
     with pytest.raises(ValueError, match=r"\['seed'\]"):
