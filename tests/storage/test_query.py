@@ -185,5 +185,6 @@ def test_what_was_written_can_be_read_without_rollflow(store, told, tmp_path):
 
     with pa.memory_map(str(tmp_path / "part.arrow")) as file:
         samples = pa.ipc.open_file(file).read_all()
-    assert duckdb.sql("SELECT avg(reward) FROM samples").fetchall() == [(0.5,)]
+    answer = duckdb.connect().execute("SELECT avg(reward) FROM samples").fetchall()
+    assert answer == [(0.5,)]
     assert samples.num_rows == 2
