@@ -8,18 +8,30 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from ray.exceptions import RayError
 
 from rollflow.engines import cluster
 from rollflow.engines.algorithms.config import resolved
+from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.platform import Platform, detect
+from rollflow.engines.rollout.client import GenerationError
 from rollflow.engines.rollout.manager import RolloutManager
+from rollflow.engines.rollout.server import ServerError
 
 from .preflight import RunPlan
 from .settings import RunSettings
 
 MANAGER = "rollout"
 STOP_TIMEOUT_S = 60.0
+
+
+LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, GenerationError, RayError)
+"""Faults of processes and machines. A gate or a damaged log is none: trying again cannot help."""
+
+
+class StartError(RuntimeError):
+    """An engine was lost before all were up; the message says which and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,10 @@ async def running_engines(
         has_servers=rollout and config.rollout.servers > 0,
     )
     try:
-        await start_engines(config, plan, engines)
+        try:
+            await start_engines(config, plan, engines)
+        except LOST_ENGINE as error:
+            raise StartError(f"the engines did not start: {error}") from error
         yield engines
     finally:
         await stop_engines(engines)

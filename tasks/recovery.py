@@ -10,11 +10,8 @@ from typing import TypeVar
 from prefect import get_client, get_run_logger
 from prefect.concurrency.asyncio import AcquireConcurrencySlotTimeoutError, concurrency
 from prefect.exceptions import ObjectAlreadyExists
-from ray.exceptions import RayError
 
-from rollflow.engines.cluster import DeadlineError, EngineDiedError
-from rollflow.engines.rollout.client import GenerationError
-from rollflow.engines.rollout.server import ServerError
+from rollflow.engines.cluster import DeadlineError
 from rollflow.storage import lease as leases
 from rollflow.storage.lease import Lease
 from rollflow.storage.leftovers import clear_leftovers
@@ -22,13 +19,14 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.steps import last_step
 
+from .engines import LOST_ENGINE, StartError
 from .preflight import RunPlan, find_plan
 from .settings import RunSettings
 
 T = TypeVar("T")
 SHORTEST_SLOT_S = 60.0
-LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, GenerationError, RayError)
-"""Faults of processes and machines. A gate or a damaged log is none: trying again cannot help."""
+MAX_FAILED_STARTS = 2
+"""Starts that may fail in a row: what is wrong then is no accident."""
 
 
 @asynccontextmanager
@@ -96,19 +94,21 @@ async def from_the_log(
 
     Raises:
         One of ``LOST_ENGINE``: ``cluster.max_recoveries`` attempts in a row committed no step.
+        StartError: the engines did not come up, twice in a row.
     """
-    store, failures, reached = Store(config.store), 0, -1
+    store, failures, reached, failed_starts = Store(config.store), 0, -1, 0
     while True:
         await asyncio.to_thread(clear_leftovers, store, lease.run)
         plan = await asyncio.to_thread(find_plan, config, lease.run)
         try:
             return await work(plan)
-        except LOST_ENGINE as error:
+        except (*LOST_ENGINE, StartError) as error:
+            failed_starts = failed_starts + 1 if isinstance(error, StartError) else 0
             newest = last_step(store, lease.run)
             committed = newest.step if newest else -1
             failures = 1 if committed > reached else failures + 1
             reached = max(reached, committed)
-            if failures > config.cluster.max_recoveries:
+            if failures > config.cluster.max_recoveries or failed_starts == MAX_FAILED_STARTS:
                 raise
             _say(
                 f"{config.name}: {error}; going on from step {committed + 1} of the log "

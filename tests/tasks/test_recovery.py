@@ -11,6 +11,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.runs import create_run
 from rollflow.storage.steps import commit_step
 from rollflow.tasks import recovery
+from rollflow.tasks.engines import StartError
 from rollflow.tasks.recovery import from_the_log, only_writer
 
 
@@ -60,6 +61,18 @@ async def test_too_many_losses_without_a_committed_step_end_the_run(config, leas
     with pytest.raises(EngineDiedError):
         await from_the_log(config, lease, work)
     assert len(attempts) == 1 + config.cluster.max_recoveries
+
+
+async def test_engines_that_do_not_start_twice_in_a_row_end_the_run(config, lease):
+    attempts = []
+
+    async def work(plan):
+        attempts.append(plan)
+        raise StartError("the engines did not start: no module named x")
+
+    with pytest.raises(StartError, match="no module named x"):
+        await from_the_log(config, lease, work)
+    assert len(attempts) == 2
 
 
 async def test_a_committed_step_makes_the_count_of_losses_start_anew(config, lease):
