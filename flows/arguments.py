@@ -23,7 +23,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refusals import CREDENTIALS
 from rollflow.storage.runs import read_run
 
-from .config import RunConfig
+from .config import SLIME_NAMES, RunConfig
 
 PASSED_THROUGH = ("sglang", "router", "megatron")
 
@@ -99,6 +99,8 @@ def _resolve(key: str) -> list[str]:
     name = key.replace("-", "_")
     if name in RunConfig.model_fields:
         return [name]
+    if name in SLIME_NAMES:
+        return SLIME_NAMES[name].split(".")
     for table, info in RunConfig.model_fields.items():
         if table != "megatron" and name.startswith(f"{table}_"):
             field = name.removeprefix(f"{table}_")

@@ -13,12 +13,16 @@ from rollflow.engines.megatron.config import (
     check_megatron_names,
 )
 from rollflow.engines.rollout.config import (
+    SLIME_NAMES,
     EvalConfig,
+    HooksConfig,
     RolloutConfig,
     check_router_names,
     check_sglang_names,
 )
 from rollflow.storage.config import Config, DataConfig, StoreConfig
+
+__all__ = ["SLIME_NAMES", "RunConfig", "StopConfig"]
 
 
 class StopConfig(Config):
@@ -37,7 +41,10 @@ class RunConfig(Config):
     steps: int = Field(gt=0)
     model: ModelConfig
     data: DataConfig
+    sources: list[DataConfig] = Field(default_factory=list)
+    """Further sources of prompts, mixed with ``data`` by their weights."""
     rollout: RolloutConfig
+    hooks: HooksConfig = HooksConfig()
     algorithm: AlgorithmConfig = GrpoConfig()
     trainer: TrainerConfig = TrainerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -52,6 +59,17 @@ class RunConfig(Config):
     """Any field of SGLang's ServerArgs."""
     router: dict[str, Any] = Field(default_factory=dict)
     """Any argument of sglang-router."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hooks_in_their_place(cls, tree: Any) -> Any:
+        """``hooks.reward`` and ``hooks.generate`` are read where the rollout has them."""
+        hooks = tree.get("hooks") if isinstance(tree, dict) else None
+        if not isinstance(hooks, dict) or not isinstance(tree.get("rollout", {}), dict):
+            return tree
+        moved = {k: hooks[k] for k in ("reward", "generate") if hooks.get(k)}
+        rest = {k: v for k, v in hooks.items() if k not in moved}
+        return {**tree, "hooks": rest, "rollout": {**tree.get("rollout", {}), **moved}}
 
     @field_validator("algorithm", mode="before")
     @classmethod

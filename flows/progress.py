@@ -120,6 +120,8 @@ class Progress:
             for phase, name in ENGINE_SECONDS.items()
             if phase in self._phases
         }
+        if "wait" in self._phases:
+            split["wait"] = self._phases["wait"]
         split["commit"] = self._phases["commit"]
         split["orchestration"] = total - sum(split.values())
         self._splits.append({**split, "total": total})

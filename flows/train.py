@@ -11,6 +11,7 @@ from rollflow.tasks.sync import sync_weights
 from .config import RunConfig
 from .evaluate import evaluate_weights
 from .iteration import iteration
+from .production import Production
 from .progress import Progress, RunSummary
 
 
@@ -45,12 +46,15 @@ async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
         if await evaluate_weights(config, plan.run, engines, plan.next_step, progress):
             return "good enough already"
         good_enough = False
-        for step in range(plan.next_step, config.steps):
-            await iteration(config, plan.run, engines, step, progress)
-            good_enough = await evaluate_weights(config, plan.run, engines, step + 1, progress)
-            last = good_enough or step + 1 == config.steps
-            if last or config.checkpoint.due(step + 1):
-                await progress.time("checkpoint", save_checkpoint(engines, config.checkpoint, step))
-            if last:
-                break
+        async with Production(config, plan.run, engines, progress) as production:
+            for step in range(plan.next_step, config.steps):
+                await iteration(config, production, engines, step, progress)
+                good_enough = await evaluate_weights(config, plan.run, engines, step + 1, progress)
+                last = good_enough or step + 1 == config.steps
+                if last or config.checkpoint.due(step + 1):
+                    await progress.time(
+                        "checkpoint", save_checkpoint(engines, config.checkpoint, step)
+                    )
+                if last:
+                    break
         return "stopped early" if good_enough else "finished"

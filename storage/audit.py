@@ -101,6 +101,8 @@ class _Audit:
         self._known: set[str] = set()
         self._damaged_folders: set[str] = set()
         self._batch_of_group: dict[str, str] = {}
+        self._continued: dict[str, str] = {}
+        """Groups that were put back, and as which group of a later step they went on."""
 
     def check_run(self) -> None:
         """The config is the one that the run was created with."""
@@ -157,10 +159,18 @@ class _Audit:
             manifest = read_manifest(self._store, folder)
             url = f"{folder}/{MANIFEST}"
             epochs[url] = manifest.get("epoch", 0)
-            if manifest["policy_versions"]:
-                versions[url] = max(manifest["policy_versions"])
-                if versions[url] > step:
-                    self._find(url, f"policy version {versions[url]} is above step {step}")
+            if found := manifest["policy_versions"]:
+                bound = manifest["ledger"].get("max_staleness", 0)
+                if (
+                    not bound
+                ):  # else a step may be finished by weights that are older than the last's
+                    versions[url] = max(found)
+                if max(found) > step:
+                    self._find(url, f"policy version {max(found)} is above step {step}")
+                if "max_staleness" in manifest["ledger"] and min(found) < step - bound:
+                    self._find(
+                        url, f"policy version {min(found)} is more than {bound} behind step {step}"
+                    )
             if table is not None:
                 self._check_groups(ref, table)
                 self.counts["samples"] += table.num_rows
@@ -233,8 +243,9 @@ class _Audit:
     def _batch(self, step: int, dataset: str | None) -> tuple[BatchRef | None, pa.Table | None]:
         """Read a batch; account for its objects, or for those of one that is not committed."""
         folder = batch_folder(self._run, step, dataset)
-        if dataset is None and self._store.exists(f"{folder}/{ISSUED}"):
-            self._known.add(f"{folder}/{ISSUED}")
+        issued = [n for n in self._store.children(folder) if ISSUED.fullmatch(n)]
+        if dataset is None and issued:
+            self._known |= {f"{folder}/{name}" for name in issued}
             self._read(lambda: read_issue(self._store, self._run, step))
         try:
             ref = find_batch(self._store, self._run, step, dataset)
@@ -274,11 +285,19 @@ class _Audit:
             if (first := self._batch_of_group.setdefault(group_id, url)) != url:
                 self._find(group_id, f"is in {first} and in {url}")
         try:
-            issued = {g.group_id for g in read_issue(self._store, self._run, ref.step).groups}
+            issued = read_issue(self._store, self._run, ref.step).groups
         except (FileNotFoundError, ManifestError):
             return
-        for group_id in sorted(groups - issued):
+        for group_id in sorted(groups - {group.group_id for group in issued}):
             self._find(group_id, f"is in {url} but was never issued")
+        for group in issued:
+            if not group.continues:
+                continue
+            first = self._continued.setdefault(group.continues, group.group_id)
+            if first != group.group_id:
+                self._find(group.continues, f"goes on as {first} and as {group.group_id}")
+            if trained := self._batch_of_group.get(group.continues):
+                self._find(group.continues, f"goes on as {group.group_id} but is in {trained}")
 
     def _check_rising(self, values: dict[str, int], what: str) -> None:
         highest = 0

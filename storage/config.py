@@ -62,3 +62,5 @@ class DataConfig(Config):
     seed: int = 0
     max_prompt_tokens: int | None = Field(default=None, gt=0)
     """Longer prompts count as bad rows."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the draws that this source gets where ``sources`` names others beside it."""

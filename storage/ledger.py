@@ -1,6 +1,7 @@
 """What became of every prompt: issued before generation, durable in parts, consumed by a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -10,7 +11,7 @@ from .lease import check_fence
 from .manifests import ISSUED, batch_folder, batch_steps, find_batch
 from .objects import Store
 from .refs import RunRef
-from .samples import Sample
+from .samples import Sample, Status
 from .schema import from_table
 from .shards import MANIFEST, Part, part_names, read_loose_part
 from .steps import step_numbers
@@ -38,6 +39,8 @@ class IssuedGroup:
     """Executions of the generate function; each may yield several samples."""
     seeds: tuple[int, ...]
     """One each, in order of index."""
+    continues: str = ""
+    """The group of an earlier step that was put back and goes on here; empty for a new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,10 @@ class Issue:
     """Fencing epoch that issued it first."""
     policy_version: int
     groups: tuple[IssuedGroup, ...]
+    waves: int = 1
+    """How many times the step was given groups."""
+    cursors: dict[str, int] = field(default_factory=dict[str, int])
+    """How far each source of prompts was drawn afterwards, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class Durable:
     """Intact parts, the oldest first, each with the complete groups to take from it."""
     missing: list[IssuedGroup] = field(default_factory=list)
     """Issued groups that no part holds whole: to be generated."""
+    cut: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
+    """Issued groups of which some samples were cut off: to be continued."""
     skipped: list[ManifestError] = field(default_factory=list)
     """Parts that are torn or not of this step, by name and reason."""
 
@@ -80,12 +89,19 @@ class PromptState:
 
 
 def issue(
-    store: Store, run: RunRef, step: int, groups: Sequence[IssuedGroup], policy_version: int
+    store: Store,
+    run: RunRef,
+    step: int,
+    groups: Sequence[IssuedGroup],
+    policy_version: int,
+    *,
+    wave: int = 0,
+    cursors: Mapping[str, int] | None = None,
 ) -> Issue:
-    """Write down which groups a step generates, before it does; give what stands.
+    """Write down which groups a step generates, before it does; give what stands of all waves.
 
-    A step that was issued before, by whatever epoch, gets that: the same prompts, seeds and policy
-    version. ValueError where ``groups`` are no sound plan; LeaseLostError where the epoch of
+    A wave that was issued before, by whatever epoch, stays as it is: the same prompts, seeds and
+    policy version. ``cursors`` tell how far sources were drawn. ValueError where ``groups`` are no sound plan; LeaseLostError where the epoch of
     ``run`` is over; ManifestError where what stands is damaged.
     """
     _check_plan(groups)
@@ -96,24 +112,31 @@ def issue(
         "step": step,
         "policy_version": policy_version,
         "groups": [{**asdict(group), "seeds": list(group.seeds)} for group in groups],
+        "cursors": dict(cursors or {}),
         "issued_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     check_fence(store, run)
-    try:
-        store.put_new(_url(run, step), seal(record))
-    except FileExistsError:
-        return read_issue(store, run, step)
-    return _issue(run, record)
+    with suppress(FileExistsError):
+        store.put_new(_url(run, step, wave), seal(record))
+    return read_issue(store, run, step)
 
 
 def read_issue(store: Store, run: RunRef, step: int) -> Issue:
     """Read what a step was given, verified; FileNotFoundError where nothing was issued."""
-    url = _url(run, step)
-    record = unseal(store.get(url), url, FORMAT)
-    if (record["run"], record["step"]) != (run.name, step):
-        found = f"the one of step {record['step']} of run {record['run']!r}"
-        raise ManifestError(url, "the issue of that step", found)
-    return _issue(run, record)
+    folder = batch_folder(run, step)
+    waves = len([name for name in store.children(folder) if ISSUED.fullmatch(name)])
+    records = [_read_wave(store, run, step, wave) for wave in range(max(waves, 1))]
+    groups = [
+        IssuedGroup(**{**g, "seeds": tuple(g["seeds"])}) for r in records for g in r["groups"]
+    ]
+    cursors: dict[str, int] = {}
+    for record in records:
+        cursors.update(record.get("cursors", {}))
+    _check_plan(groups)
+    first = records[0]
+    return Issue(
+        run, step, first["epoch"], first["policy_version"], tuple(groups), len(records), cursors
+    )
 
 
 def durable_groups(store: Store, run: RunRef, step: int) -> Durable:
@@ -132,6 +155,7 @@ def durable_groups(store: Store, run: RunRef, step: int) -> Durable:
     missing = {group.group_id: group for group in groups}
     issued = dict(missing)
     durable = Durable()
+    cut: dict[str, list[Sample]] = {}
     for name in part_names(store, folder):
         try:
             part, table = read_loose_part(store, folder, name)
@@ -142,10 +166,14 @@ def durable_groups(store: Store, run: RunRef, step: int) -> Durable:
         taken: list[Sample] = []
         for group_id, members in _by_group(samples).items():
             if group_id in missing and _is_whole(missing[group_id], members):
+                if any(sample.status is Status.ABORTED for sample in members):
+                    cut[group_id] = members
+                    continue
                 del missing[group_id]
                 taken += members
         durable.parts.append((part, taken))
-    durable.missing.extend(missing.values())
+    durable.cut.update({k: v for k, v in cut.items() if k in missing})
+    durable.missing.extend(group for k, group in missing.items() if k not in durable.cut)
     return durable
 
 
@@ -161,7 +189,8 @@ def prompt_states(store: Store, run: RunRef) -> list[PromptState]:
         status = PromptStatus.CONSUMED if step in consumed else PromptStatus.COMPLETED
         missing: set[str] = set()
         if find_batch(store, run, step) is None:
-            missing = {group.group_id for group in durable_groups(store, run, step).missing}
+            durable = durable_groups(store, run, step)
+            missing = {group.group_id for group in durable.missing} | set(durable.cut)
         states += [
             PromptState(
                 step, g.group_id, g.prompt_id,
@@ -217,10 +246,15 @@ def _is_whole(group: IssuedGroup, samples: Sequence[Sample]) -> bool:
     )
 
 
-def _issue(run: RunRef, record: Record) -> Issue:
-    groups = (IssuedGroup(**{**g, "seeds": tuple(g["seeds"])}) for g in record["groups"])
-    return Issue(run, record["step"], record["epoch"], record["policy_version"], tuple(groups))
+def _read_wave(store: Store, run: RunRef, step: int, wave: int) -> Record:
+    url = _url(run, step, wave)
+    record = unseal(store.get(url), url, FORMAT)
+    if (record["run"], record["step"]) != (run.name, step):
+        found = f"the one of step {record['step']} of run {record['run']!r}"
+        raise ManifestError(url, "the issue of that step", found)
+    return record
 
 
-def _url(run: RunRef, step: int) -> str:
-    return f"{batch_folder(run, step)}/{ISSUED}"
+def _url(run: RunRef, step: int, wave: int) -> str:
+    name = f"issued-{wave:04d}.json" if wave else "issued.json"
+    return f"{batch_folder(run, step)}/{name}"

@@ -1,8 +1,9 @@
 """Commit point A: a batch exists once its manifest does. Rollouts and evaluations alike."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +18,17 @@ from .schema import SCHEMA, from_table
 from .shards import MANIFEST, PART_NAME, Part, read_part
 
 FORMAT = "rollflow.batch/1"
-ISSUED = "issued.json"
-"""Name of the object that says which groups a step was given; ``ledger.py`` writes it."""
+ISSUED = re.compile(r"issued(-\d{4})?\.json")
+"""Names of the objects that say which groups a step was given; ``ledger.py`` writes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Why a group that stands in a batch's parts is no member of the batch."""
+
+    reason: str
+    """``cut``, ``surplus``, or what a filter said."""
+    rows: int
 
 
 def batch_folder(run: RunRef, step: int, dataset: str | None = None) -> str:
@@ -39,11 +49,13 @@ def commit_batch(
     metrics: Mapping[str, float],
     ledger: Mapping[str, Any],
     dataset: str | None = None,
+    left_out: Mapping[str, LeftOut] | None = None,
 ) -> BatchRef:
     """Write the manifest of parts that stand in ``folder``: commit point A.
 
     ``folder`` is ``batch_folder(run, step, dataset)``. ``policy_versions`` are all that occur in
-    the parts; ``ledger`` is any JSON object. Committing the same parts again gives the ref that
+    the batch; ``ledger`` is any JSON object. ``left_out`` names groups that stand in the parts and
+    are no members: nobody trains on them, :func:`read_left_out` gives them. Committing the same parts again gives the ref that
     stands; other parts under a committed manifest, a part that is missing and an object that does
     not belong there are ManifestErrors. LeaseLostError where the epoch of ``run`` is over. Parts
     that the manifest does not name are deleted once it stands.
@@ -51,15 +63,17 @@ def commit_batch(
     folder = store.join(folder)
     if folder != (right := batch_folder(run, step, dataset)):
         raise ValueError(f"folder is {folder!r}; a batch of this run and step goes to {right!r}")
+    out = dict(left_out or {})
     record: Record = {
         "format": FORMAT,
         "run": run.name,
         "epoch": run.epoch,
         "step": step,
         "dataset": dataset,
-        "digest": parts_digest(parts),
-        "rows": sum(part.rows for part in parts),
+        "digest": batch_digest(parts, out),
+        "rows": sum(part.rows for part in parts) - sum(o.rows for o in out.values()),
         "groups": groups,
+        "left_out": {group_id: asdict(o) for group_id, o in sorted(out.items())},
         "policy_versions": sorted(set(policy_versions)),
         "parts": [asdict(part) for part in parts],
         "metrics": pack_metrics(metrics),
@@ -116,6 +130,18 @@ def read_table(store: Store, ref: BatchRef) -> pa.Table:
     ManifestError where the manifest is damaged or is not the ref's, where a part is missing, torn
     or changed, and where a sample occurs twice.
     """
+    members, _ = _read_tables(store, ref)
+    return members
+
+
+def read_left_out(store: Store, ref: BatchRef) -> list[Sample]:
+    """Read the samples in a batch's parts that are no members of it, verified and ordered alike."""
+    _, others = _read_tables(store, ref)
+    return from_table(others)
+
+
+def _read_tables(store: Store, ref: BatchRef) -> tuple[pa.Table, pa.Table]:
+    """The batch's members, and what stands beside them in its parts."""
     manifest = read_manifest(store, ref.url)
     url = store.join(ref.url, MANIFEST)
     if manifest["digest"] != ref.digest:
@@ -125,14 +151,20 @@ def read_table(store: Store, ref: BatchRef) -> pa.Table:
         [SCHEMA.empty_table(), *(read_part(store, ref.url, part) for part in parts)]
     )
     _check_samples(table, manifest, url)
-    return table.sort_by([("group_id", "ascending"), ("index", "ascending")])
+    table = table.sort_by([("group_id", "ascending"), ("index", "ascending")])
+    left_out = manifest_left_out(manifest)
+    if not left_out:
+        return table, SCHEMA.empty_table()
+    out = [group_id in left_out for group_id in table.column("group_id").to_pylist()]
+    return table.filter([not o for o in out]), table.filter(out)
 
 
 def read_manifest(store: Store, folder: str) -> Record:
     """Read a batch folder's manifest; FileNotFoundError where it is not committed."""
     url = store.join(folder, MANIFEST)
     manifest = unseal(store.get(url), url, FORMAT)
-    if (found := parts_digest(manifest_parts(manifest))) != manifest["digest"]:
+    found = batch_digest(manifest_parts(manifest), manifest_left_out(manifest))
+    if found != manifest["digest"]:
         raise ManifestError(url, f"digest {manifest['digest']}", f"digest {found} of its parts")
     kind = "rollouts" if manifest["dataset"] is None else f"evals/{manifest['dataset']}"
     place = f"runs/{manifest['run']}/{kind}/step-{manifest['step']:06d}"
@@ -146,14 +178,20 @@ def manifest_parts(manifest: Record) -> list[Part]:
     return [Part(**part) for part in manifest["parts"]]
 
 
+def manifest_left_out(manifest: Record) -> dict[str, LeftOut]:
+    """Give the groups that stand in the parts without being members, and why."""
+    return {group_id: LeftOut(**o) for group_id, o in manifest.get("left_out", {}).items()}
+
+
 def find_strays(store: Store, ref: BatchRef) -> list[str]:
     """Give the URLs of objects in a committed folder that its manifest does not name.
 
     They are never read; an interrupted, late or second writer has left them.
     """
     named = {part.name for part in manifest_parts(read_manifest(store, ref.url))}
-    known = {store.join(ref.url, name) for name in named | {MANIFEST, ISSUED}}
-    return [url for url in store.list(ref.url) if url not in known]
+    known = {store.join(ref.url, name) for name in named | {MANIFEST}}
+    found = [url for url in store.list(ref.url) if url not in known]
+    return [url for url in found if not ISSUED.fullmatch(url.rpartition("/")[2])]
 
 
 def clear_strays(store: Store, ref: BatchRef) -> list[str]:
@@ -167,9 +205,12 @@ def clear_strays(store: Store, ref: BatchRef) -> list[str]:
     return strays
 
 
-def parts_digest(parts: Sequence[Part]) -> str:
-    """Give the batch's name: the sha256 over its parts' names, rows, sizes and checksums."""
-    return sha256_hex("\n".join(f"{p.name} {p.rows} {p.bytes} {p.sha256}" for p in parts).encode())
+def batch_digest(parts: Sequence[Part], left_out: Mapping[str, LeftOut]) -> str:
+    """Give the batch's name: the sha256 over its parts' names, rows, sizes and checksums, and over
+    the groups in them that are no members."""
+    lines = [f"{p.name} {p.rows} {p.bytes} {p.sha256}" for p in parts]
+    lines += [f"without {group_id} {o.rows}" for group_id, o in sorted(left_out.items())]
+    return sha256_hex("\n".join(lines).encode())
 
 
 def _folder_problem(
@@ -181,7 +222,9 @@ def _folder_problem(
     found = store.children(folder)
     if missing := sorted(set(expected) - set(found)):
         return ManifestError(f"{folder}/{missing[0]}", "a part", "no such object")
-    for name in sorted(set(found) - {*expected, ISSUED, MANIFEST}):
+    for name in sorted(set(found) - {*expected, MANIFEST}):
+        if ISSUED.fullmatch(name):
+            continue
         part = PART_NAME.fullmatch(name)
         if part is None or int(part[1]) > run.epoch:
             allowed = f"parts up to epoch {run.epoch}"
@@ -191,12 +234,19 @@ def _folder_problem(
 
 def _check_samples(table: pa.Table, manifest: Record, url: str) -> None:
     """Check what only the whole can show: every sample once, as many groups as promised."""
+    left_out = manifest_left_out(manifest)
     group_ids = table.column("group_id").to_pylist()
     counts = Counter(zip(group_ids, table.column("index").to_pylist(), strict=True))
+    rows = Counter(group_ids)
+    for group_id, out in left_out.items():
+        if rows[group_id] != out.rows:
+            raise ManifestError(
+                url, f"{out.rows} rows of {group_id}, left out", f"{rows[group_id]} rows"
+            )
     for (group_id, index), count in counts.items():
         if count > 1:
             raise ManifestError(url, f"sample {group_id}#{index} once", f"{count} times")
-    if (found := len(set(group_ids))) != manifest["groups"]:
+    if (found := len(set(group_ids) - set(left_out))) != manifest["groups"]:
         raise ManifestError(url, f"{manifest['groups']} groups", f"{found} groups")
 
 

@@ -18,7 +18,12 @@ def draw_positions(rows: int, step: int, n: int, *, seed: int, shuffle: bool) ->
     """
     if rows < 1 or n < 1 or step < 0:
         raise ValueError(f"draw of n = {n} from {rows} rows at step {step}; give positive numbers")
-    positions = range(step * n, step * n + n)
+    return draw_from(rows, step * n, n, n, seed=seed, shuffle=shuffle)
+
+
+def draw_from(rows: int, start: int, count: int, n: int, *, seed: int, shuffle: bool) -> list[int]:
+    """Give the row numbers of ``count`` draws from position ``start`` on, for batches of ``n``."""
+    positions = range(start, start + count)
     orders = {e: _order(rows, n, seed, shuffle, e) for e in {p // rows for p in positions}}
     return [int(orders[p // rows][p % rows]) for p in positions]
 

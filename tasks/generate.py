@@ -10,10 +10,12 @@ from .engines import Engines
 
 
 @task(name="generate", cache_policy=NO_CACHE)
-async def generate(engines: Engines, step: int) -> GroupsRef:
-    """Sample the step's groups; scoring and writing of finished ones go on meanwhile.
+async def generate(engines: Engines, step: int, version: int) -> GroupsRef:
+    """Sample and score the step's groups; writing of finished ones goes on meanwhile.
 
-    The weights that sample step ``s`` have version ``s``: they were trained ``s`` times.
+    ``version`` is that of the weights which the servers hold now: they were trained so many times.
     """
-    [ref] = await cluster.call(engines.manager, "generate", step, step, timeout_s=engines.timeout_s)
+    [ref] = await cluster.call(
+        engines.manager, "generate", step, version, timeout_s=engines.timeout_s
+    )
     return ref

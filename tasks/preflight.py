@@ -66,6 +66,8 @@ async def preflight(config: RunSettings) -> RunPlan:
     store = Store(config.store)
     prompts = load_prompts(store, config.data)
     check_template("data", config.data, config.model.path, prompts)
+    for source in config.sources:
+        check_template("sources", source, config.model.path, load_prompts(store, source))
     for dataset in config.evals:
         eval_prompts = load_prompts(store, dataset.data)
         check_template(f"evals {dataset.name}", dataset.data, config.model.path, eval_prompts)
@@ -154,12 +156,17 @@ def check_platform(config: RunSettings) -> None:
 
 def check_hooks(config: RunSettings) -> None:
     """Every hook can be imported and has the right signature."""
-    load_hook(config.rollout.reward, "reward")
-    if config.rollout.generate:
-        load_hook(config.rollout.generate, "generate")
+    rollout = config.rollout
+    load_hook(rollout.reward, "group_reward" if rollout.group_reward else "reward")
+    if rollout.generate:
+        load_hook(rollout.generate, "generate")
+    for kind, path in config.hooks.named():
+        load_hook(path, kind)
+    if ":" in rollout.buffer.priority:
+        load_hook(rollout.buffer.priority, "priority")
     for dataset in config.evals:
         if dataset.reward:
-            load_hook(dataset.reward, "reward")
+            load_hook(dataset.reward, "group_reward" if dataset.group_reward else "reward")
         if dataset.generate:
             load_hook(dataset.generate, "generate")
     if path := own_function(config.algorithm, "advantage"):

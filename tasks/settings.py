@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from rollflow.engines.algorithms.config import AlgorithmConfig
 from rollflow.engines.config import ClusterConfig, ModelConfig
 from rollflow.engines.megatron.config import CheckpointConfig, GatesConfig, TrainerConfig
-from rollflow.engines.rollout.config import EvalConfig, RolloutConfig
+from rollflow.engines.rollout.config import EvalConfig, HooksConfig, RolloutConfig
 from rollflow.storage.config import DataConfig, StoreConfig
 
 
@@ -21,6 +21,10 @@ class RunSettings(Protocol):
     def model(self) -> ModelConfig: ...
     @property
     def data(self) -> DataConfig: ...
+    @property
+    def sources(self) -> Sequence[DataConfig]: ...
+    @property
+    def hooks(self) -> HooksConfig: ...
     @property
     def rollout(self) -> RolloutConfig: ...
     @property

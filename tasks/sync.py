@@ -12,7 +12,8 @@ from .engines import Engines
 async def sync_weights(engines: Engines, version: int) -> float:
     """Push the weights under ``version``; each server's checksum and version are compared.
 
-    A server that is dead or silent is left to the rollout engine, which replaces it and gives it
+    Answers in flight stop between two tokens and go on under the new weights. A server that is dead
+    or silent is left to the rollout engine, which replaces it and gives it
     these weights before it serves again.
 
     Returns:
@@ -20,10 +21,10 @@ async def sync_weights(engines: Engines, version: int) -> float:
     """
     if not engines.has_servers:
         return 0.0
-    [urls] = await cluster.call(engines.manager, "server_urls", timeout_s=engines.timeout_s)
-    results = await cluster.call(
-        engines.ranks, "push_weights", urls, version, timeout_s=engines.timeout_s
-    )
+    timeout_s = engines.timeout_s
+    [urls] = await cluster.call(engines.manager, "hold", version, timeout_s=timeout_s)
+    results = await cluster.call(engines.ranks, "push_weights", urls, version, timeout_s=timeout_s)
+    await cluster.call(engines.manager, "release", version, timeout_s=timeout_s)
     for url, reason in results[0].failed:
         get_run_logger().warning("%s did not take version %d: %s", url, version, reason)
     return results[0].seconds

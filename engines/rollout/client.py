@@ -1,8 +1,12 @@
 """The one HTTP client for generation: token ids in, token ids and log-probabilities out."""
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -10,9 +14,15 @@ import aiohttp
 from rollflow.engines.hooks import Completion
 
 from .config import SamplingConfig
+from .single_turn import DEFAULT_NEW_TOKENS
 
 TRANSIENT = {408, 429}
 FIRST_PAUSE_S = 0.2
+STOP_TIMEOUT_S = 60.0
+"""Seconds that servers may take to hand over what they were told to stop."""
+POLL_S = 0.002
+ABORT_AGAIN_S = 0.05
+"""A request may still be on its way to its server when that is told to stop: it is told again."""
 
 
 class RequestRefusedError(ValueError):
@@ -21,6 +31,34 @@ class RequestRefusedError(ValueError):
 
 class GenerationError(RuntimeError):
     """A request still failed after every retry; the message has the last fault."""
+
+
+Abort = Callable[[str | None], Awaitable[None]]
+"""Have every server stop one request, by its id, or all of them (None)."""
+
+
+@dataclass(slots=True)
+class Scope:
+    """The requests of one group: what can be cut off together."""
+
+    cut: bool = False
+    requests: set[str] = field(default_factory=set[str])
+    """Ids of those that a server is working on."""
+
+
+_scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
+_served: ContextVar[set[int] | None] = ContextVar("served", default=None)
+
+
+@contextmanager
+def requests_of(scope: Scope, served: set[int]) -> Iterator[None]:
+    """Count the requests that are sent within to ``scope``, and what answers them to ``served``."""
+    tokens = _scope.set(scope), _served.set(served)
+    try:
+        yield
+    finally:
+        _scope.reset(tokens[0])
+        _served.reset(tokens[1])
 
 
 class GenerateClient:
@@ -38,10 +76,17 @@ class GenerateClient:
         timeout_s: float,
         max_retries: int,
         wait_ready: Callable[[], Awaitable[None]],
+        abort: Abort | None = None,
     ) -> None:
         self._url = f"{url}/generate"
         self._max_retries = max_retries
         self._wait_ready = wait_ready
+        self._abort = abort
+        self._open = asyncio.Event()
+        self._open.set()
+        self._stops = 0
+        self._in_flight: set[str] = set()
+        self._numbers = itertools.count()
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(timeout_s), connector=aiohttp.TCPConnector(limit=0)
         )
@@ -51,31 +96,98 @@ class GenerateClient:
     ) -> Completion:
         """Continue ``input_ids``; HTTP and server faults are retried, with a bound.
 
+        Where weights change meanwhile, the answer goes on under the new ones from its last token.
         ``sampling`` has SGLang's names. Raises RequestRefusedError or GenerationError.
         """
-        body = {
-            "input_ids": input_ids,
-            "sampling_params": {**sampling, "sampling_seed": seed},
-            "return_logprob": True,
-        }
+        scope = _scope.get() or Scope()
+        served = _served.get()
+        limit = int(sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+        done = Completion([], [], "abort", 0)
+        while True:
+            await self._open.wait()
+            if scope.cut:
+                return done
+            stops = self._stops
+            rest = {**sampling, "max_new_tokens": limit - len(done.token_ids)}
+            body = {
+                "input_ids": [*input_ids, *done.token_ids],
+                "sampling_params": {**rest, "sampling_seed": seed},
+                "return_logprob": True,
+            }
+            answer = await self._ask(body, scope, stops)
+            done = _joined(done, answer)
+            if served is not None and answer.token_ids:
+                served.add(answer.policy_version)
+            if answer.finish_reason != "abort" or scope.cut:
+                return done
+            if len(done.token_ids) >= limit:
+                return _joined(done, Completion([], [], "length", done.policy_version))
+
+    async def hold(self) -> None:
+        """Send nothing more, and have servers hand over what they are at, e.g. for new weights.
+
+        GenerationError where some request does not come back.
+        """
+        self._open.clear()
+        self._stops += 1
+        await self._stop(self._in_flight, None)
+
+    def release(self) -> None:
+        """Send on, from where each answer stands."""
+        self._open.set()
+
+    async def cut(self, scope: Scope) -> None:
+        """Cut the requests of ``scope`` off: each answers with what it has, as ``abort``.
+
+        GenerationError where some request does not come back.
+        """
+        scope.cut = True
+        await self._stop(scope.requests, scope.requests)
+
+    async def close(self) -> None:
+        """Close the kept connections."""
+        await self._session.close()
+
+    async def _stop(self, waited_for: set[str], named: set[str] | None) -> None:
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while waited_for:
+            if time.monotonic() > deadline:
+                raise GenerationError(
+                    f"{self._url}: {len(waited_for)} requests did not stop within "
+                    f"{STOP_TIMEOUT_S:.0f} s, first {min(waited_for)}"
+                )
+            if self._abort is not None:
+                ids = [None] if named is None else list(named)
+                await asyncio.gather(*(self._abort(request) for request in ids))
+            again = time.monotonic() + ABORT_AGAIN_S
+            while waited_for and time.monotonic() < again:
+                await asyncio.sleep(POLL_S)
+
+    async def _ask(self, body: dict[str, Any], scope: Scope, stops: int) -> Completion:
         started = time.monotonic()
         for attempt in range(self._max_retries + 1):
+            request = f"rollflow-{next(self._numbers)}"
+            scope.requests.add(request)
+            self._in_flight.add(request)
             try:
-                answer = await self._post(body)
+                answer = await self._post({**body, "rid": request})
+                completion = _completion(answer, time.monotonic() - started)
+                if completion.finish_reason == "abort" and stops == self._stops and not scope.cut:
+                    reason = answer["meta_info"]["finish_reason"]
+                    raise _ServerFaultError(f"aborted: {reason}")
+                return completion
             except (aiohttp.ClientError, TimeoutError, _ServerFaultError) as error:
                 if attempt == self._max_retries:
                     raise GenerationError(
                         f"{self._url}: {attempt + 1} attempts failed, last: {error!r}"
                     ) from error
-                await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
-                await self._wait_ready()
-            else:
-                return _completion(answer, time.monotonic() - started)
+            finally:
+                scope.requests.discard(request)
+                self._in_flight.discard(request)
+            await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
+            await self._wait_ready()
+            await self._open.wait()
         raise AssertionError("unreachable")
-
-    async def close(self) -> None:
-        """Close the kept connections."""
-        await self._session.close()
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         async with self._session.post(self._url, json=body) as response:
@@ -85,10 +197,7 @@ class GenerateClient:
                 raise RequestRefusedError(
                     f"{self._url}: status {response.status}: {await response.text()}"
                 )
-            answer = await response.json()
-        if answer["meta_info"]["finish_reason"]["type"] == "abort":
-            raise _ServerFaultError(f"aborted: {answer['meta_info']['finish_reason']}")
-        return answer
+            return await response.json()
 
 
 class _ServerFaultError(Exception):
@@ -102,11 +211,26 @@ def sampling_params(config: SamplingConfig) -> dict[str, Any]:
 
 def _completion(answer: dict[str, Any], seconds: float) -> Completion:
     meta = answer["meta_info"]
+    version = int(meta["weight_version"])
     return Completion(
         token_ids=answer["output_ids"],
-        logprobs=[entry[0] for entry in meta["output_token_logprobs"]],
+        logprobs=[entry[0] for entry in meta.get("output_token_logprobs") or []],
         finish_reason=meta["finish_reason"]["type"],
-        policy_version=int(meta["weight_version"]),
-        cached_tokens=meta["cached_tokens"],
+        policy_version=version,
+        cached_tokens=meta.get("cached_tokens", 0),
         seconds=seconds,
+        policy_versions=[version] * len(answer["output_ids"]),
+    )
+
+
+def _joined(first: Completion, second: Completion) -> Completion:
+    """An answer and how it went on. Cached tokens are of the first request: later ones find ours."""
+    return Completion(
+        token_ids=[*first.token_ids, *second.token_ids],
+        logprobs=[*first.logprobs, *second.logprobs],
+        finish_reason=second.finish_reason,
+        policy_version=second.policy_version,
+        cached_tokens=first.cached_tokens if first.token_ids else second.cached_tokens,
+        seconds=first.seconds + second.seconds,
+        policy_versions=[*first.policy_versions, *second.policy_versions],
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import Device
@@ -24,7 +24,8 @@ from .server import POLL_S, ServerActor, ServerError, ServerInfo
 from .server_args import deterministic_arguments, gpus_per_server
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
-"""Brings the weights of a version to the server at a URL."""
+"""Brings the weights of a version to the server at a URL. RayError where they are gone: the trainer
+has newer ones by now."""
 
 START_TIMEOUT_S = 600.0
 MAX_RESTARTS = 3
@@ -74,6 +75,8 @@ class Fleet:
         self._device: Device = device
         self._log_dir = log_dir
         self._seed = rollout.seed
+        self._exact = rollout.deterministic
+        """Which weights answer a request may not depend on when a server came back."""
         self._slots = [_Slot(i) for i in range(rollout.servers)]
         self._version: int | None = None
         self._users = 0
@@ -123,6 +126,29 @@ class Fleet:
                 self._version = None
                 for slot in self._slots:
                     slot.admitted, slot.restarts = False, 0
+
+    async def update(self, version: int) -> None:
+        """Within :meth:`serving`, go over to the weights of a newer ``version``.
+
+        Servers that were given them are admitted again, others once they have them. Nothing may
+        be sent meanwhile. ServerError when one was given up.
+        """
+        if not self._users:
+            return
+        self._version = version
+        for slot in self._slots:
+            slot.admitted = False
+        await asyncio.gather(*(self._admit_when_up(s) for s in self._slots if s.info))
+        await self.wait_ready()
+
+    async def abort(self, request: str | None) -> None:
+        """Have every server that is up stop a request, or all; one that does not answer is over
+        anyhow."""
+        body = {"abort_all": True} if request is None else {"rid": request}
+        urls = [f"{slot.info.url}/abort_request" for slot in self._slots if slot.info]
+        await asyncio.gather(
+            *(self._request("POST", url, body) for url in urls), return_exceptions=True
+        )
 
     async def wait_ready(self) -> None:
         """Wait until a server can answer; ServerError when one was given up or the router ended."""
@@ -226,8 +252,15 @@ class Fleet:
             info = await self._when_up(slot)
             try:
                 await self._admit(slot, info)
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 await asyncio.sleep(POLL_S)  # it has just died: the watcher starts it again
+            except RayError as error:
+                if self._exact:
+                    raise ServerError(f"{info.url} cannot get version {self._version}") from error
+                await asyncio.sleep(POLL_S)  # the trainer is ahead: its weights come to all soon
+            self._check()
+            if self._version is None:
+                return
 
     async def _admit(self, slot: _Slot, info: ServerInfo) -> None:
         """Make sure of the weights, then let the router send requests."""
@@ -239,7 +272,7 @@ class Fleet:
                 await self._load(info, version)
             if not slot.registered:
                 await self._register(slot)
-            slot.admitted = slot.info is info
+            slot.admitted = slot.info is info and version == self._version
 
     async def _register(self, slot: _Slot) -> None:
         assert slot.info is not None

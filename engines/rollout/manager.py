@@ -5,29 +5,35 @@ import gc
 import importlib.metadata
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.hooks import HookKind, load_hook, set_arguments
 from rollflow.engines.platform import Device
 from rollflow.storage.config import DataConfig, StoreConfig
-from rollflow.storage.ledger import IssuedGroup, durable_groups, issue
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
-from rollflow.storage.samples import Prompt, Sample, Status
+from rollflow.storage.samples import Sample
 from rollflow.storage.shards import ShardWriter
 
 from .client import GenerateClient
-from .collector import Collector, Episode
-from .config import EvalConfig, RolloutConfig
-from .datasets import Dataset, eval_dataset, training_dataset
+from .collector import Collector
+from .config import EvalConfig, HooksConfig, RolloutConfig
+from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
+from .filters import load_dynamic_filter
 from .fleet import Fleet
+from .producer import Producer, Production, make_buffer, restored_state
+from .tally import pass_metrics
+from .trained_on import load_trained_on
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,9 @@ class RolloutManager:
         run: RunRef,
         store: StoreConfig,
         model: ModelConfig,
-        data: DataConfig,
+        data: Sequence[DataConfig],
         rollout: RolloutConfig,
+        hooks: HooksConfig,
         evals: Sequence[EvalConfig],
         sglang: Mapping[str, Any],
         router: Mapping[str, Any],
@@ -63,8 +70,9 @@ class RolloutManager:
         self._run = run
         self._store = Store(store)
         self._model = model
-        self._data = data
+        self._data = list(data)
         self._rollout = rollout
+        self._hooks = hooks
         self._evals = list(evals)
         self._sglang = sglang
         self._router = router
@@ -74,8 +82,10 @@ class RolloutManager:
         self._client: GenerateClient | None = None
         self._training: Dataset
         self._eval_datasets: dict[str, Dataset] = {}
-        self._running: dict[tuple[str | None, int], asyncio.Task[Collector]] = {}
-        self._collectors: dict[int, Collector] = {}
+        self._slots = asyncio.Semaphore(rollout.concurrency)
+        self._production: Production | None = None
+        self._running: dict[tuple[str | None, int], asyncio.Task[Any]] = {}
+        self._producers: dict[int, Producer] = {}
         """Batches that are generated and not written yet, by step."""
 
     async def start(self) -> RolloutInfo:
@@ -84,6 +94,9 @@ class RolloutManager:
         tokenizer = await asyncio.to_thread(self._load_tokenizer)
         await servers
         await asyncio.to_thread(self._load_datasets, tokenizer)
+        self._production = await asyncio.to_thread(self._open_production)
+        for dataset in self._datasets:
+            await dataset.grader.start()
         gc.freeze()  # else each full collection looks through all that was imported, 0.3 s a time
         return await self.info()
 
@@ -118,49 +131,65 @@ class RolloutManager:
         self._fleet.load_weights = load
 
     async def generate(self, step: int, policy_version: int) -> GroupsRef:
-        """Generate a step's groups with the weights of ``policy_version``.
+        """Generate and score a step's groups; the servers hold ``policy_version``, or newer later.
 
-        Scoring goes on, and parts are written, while others still generate. Called again for a
-        step that is not written yet, it starts the step anew.
+        Parts are written while others still generate. Called again for a step that is not written
+        yet, it starts the step anew.
         """
-        n, data = self._rollout.batch_size, self._data
-        prompts = self._training.prompts.draw(step, n, data.seed, data.shuffle)
-        if step in self._collectors:
-            await self._collectors.pop(step).cancel()
-        collector = await self._collect(self._training, prompts, step, policy_version, None)
-        self._collectors[step] = collector
+        assert self._production is not None
+        producer = Producer(self._production, step, policy_version)
+        if (before := self._producers.pop(step, None)) is not None:
+            await before.collector.cancel()
+        await self._alone((None, step), self._fill(producer, policy_version))
+        self._producers[step] = producer
+        collector = producer.collector
         return GroupsRef(
             run=self._run,
             step=step,
-            groups=len(prompts),
-            samples=collector.generated,
+            groups=len(collector.members),
+            samples=sum(len(outcome.samples) for outcome in collector.members),
             policy_version=policy_version,
             timings=dict(collector.seconds),
         )
 
     async def score(self, groups: GroupsRef) -> GroupsRef:
-        """Wait for the graders that still run; the ref has the batch's rollout metrics."""
-        collector = self._collector(groups.step)
-        await collector.score()
-        metrics = {**collector.tally.metrics("rollout"), **_timings(collector)}
-        return replace(groups, timings=dict(collector.seconds), metrics=metrics)
+        """The ref with the batch's rollout metrics: every grader has finished by now."""
+        return replace(groups, metrics=self._metrics(self._producer(groups.step)))
 
     async def write(self, groups: GroupsRef) -> BatchRef:
         """Write the last part and the manifest: commit point A."""
-        if groups.step not in self._collectors:
+        if groups.step not in self._producers:
             written = await asyncio.to_thread(find_batch, self._store, self._run, groups.step)
             if written is not None:
                 return written
-        collector = self._collector(groups.step)
-        if collector.errors.total() == collector.generated:
+        producer = self._producer(groups.step)
+        collector = producer.collector
+        samples = [sample for outcome in collector.members for sample in outcome.samples]
+        if collector.errors.total() == len(samples):
             [(error, count)] = collector.errors.most_common(1)
             raise ValueError(
-                f"step {groups.step}: all {collector.generated} samples failed, {count} of them with "
+                f"step {groups.step}: all {len(samples)} samples failed, {count} of them with "
                 f"{error!r}; nothing was committed, the run goes on once the cause is mended"
             )
-        ref = await self._commit(collector, groups.step, None)
-        del self._collectors[groups.step]
+        ref = await producer.commit(self._metrics(producer))
+        del self._producers[groups.step]
+        await self._show(self._hooks.batch_samples, "batch_samples", samples, groups.step)
         return ref
+
+    async def hold(self, version: int) -> list[str]:
+        """Stop all generation between two tokens, for the weights of ``version``; the servers' URLs.
+
+        Answers in flight go on from where they stand after :meth:`release`.
+        """
+        if self._client is not None:
+            await self._client.hold()
+        return await self.server_urls()
+
+    async def release(self, version: int) -> None:
+        """Let generation go on, under the weights of ``version``."""
+        if self._fleet is not None and self._client is not None:
+            await self._fleet.update(version)
+            self._client.release()
 
     async def evaluate(self, name: str, step: int, policy_version: int) -> BatchRef:
         """Answer and score every prompt of an evaluation dataset; kept under ``evals/{name}``.
@@ -173,11 +202,8 @@ class RolloutManager:
         done = await asyncio.to_thread(find_batch, self._store, self._run, step, name)
         if done is not None:
             return done
-        dataset = self._eval_datasets[name]
-        prompts = dataset.prompts.prompts
-        collector = await self._collect(dataset, prompts, step, policy_version, name)
-        await collector.score()
-        return await self._commit(collector, step, name)
+        evaluation = self._evaluation(name, step, policy_version)
+        return await self._alone((name, step), evaluation)
 
     async def pause(self) -> None:
         """Hold every server between two tokens, e.g. while weights change under long requests."""
@@ -195,8 +221,10 @@ class RolloutManager:
         """End servers and router."""
         for task in self._running.values():
             task.cancel()
-        for collector in self._collectors.values():
-            await collector.cancel()
+        for producer in self._producers.values():
+            await producer.collector.cancel()
+        for dataset in self._datasets if self._production else []:
+            await dataset.grader.stop()
         if self._client is not None:
             await self._client.close()
         if self._fleet is not None:
@@ -216,6 +244,7 @@ class RolloutManager:
             timeout_s=rollout.request_timeout_s,
             max_retries=rollout.max_retries,
             wait_ready=self._fleet.wait_ready,
+            abort=self._fleet.abort,
         )
 
     def _load_tokenizer(self) -> Any:
@@ -226,28 +255,45 @@ class RolloutManager:
         )
 
     def _load_datasets(self, tokenizer: Any) -> None:
-        store, client, rollout = self._store, self._client, self._rollout
-        self._training = training_dataset(store, tokenizer, client, self._data, rollout)
+        store, client, rollout, hooks = self._store, self._client, self._rollout, self._hooks
+        set_arguments(slime_arguments(rollout, self._model, self._fleet and self._fleet.router.url))
+        self._training = training_dataset(store, tokenizer, client, self._data, rollout, hooks)
         for config in self._evals:
             dataset = eval_dataset(store, tokenizer, client, config, rollout)
             self._eval_datasets[config.name] = dataset
 
-    async def _collect(
-        self,
-        dataset: Dataset,
-        prompts: Sequence[Prompt],
-        step: int,
-        policy_version: int,
-        name: str | None,
-    ) -> Collector:
-        """Generate a batch; one of the same name that still runs is given up first."""
-        key = (name, step)
+    def _open_production(self) -> Production:
+        rollout, hooks = self._rollout, self._hooks
+        buffer = make_buffer(self._training, rollout, hooks, restored_state(self._store, self._run))
+        return Production(
+            run=self._run,
+            store=self._store,
+            rollout=rollout,
+            dataset=self._training,
+            buffer=buffer,
+            client=self._client,
+            slots=self._slots,
+            engine=self._engine_name,
+            dynamic_filter=(
+                load_dynamic_filter(hooks.dynamic_filter) if hooks.dynamic_filter else None
+            ),
+            trained_on=load_trained_on(hooks.sample_filter, rollout.mask_stale),
+        )
+
+    @property
+    def _datasets(self) -> list[Dataset]:
+        return [self._training, *self._eval_datasets.values()]
+
+    @property
+    def _engine_name(self) -> str:
+        return f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
+
+    async def _alone(self, key: tuple[str | None, int], work: Coroutine[Any, Any, T]) -> T:
+        """Do ``work``; what still runs under the same name is given up first."""
         if (before := self._running.pop(key, None)) is not None:
             before.cancel()
             await asyncio.wait({before})
-        task = asyncio.create_task(
-            self._generate_batch(dataset, prompts, step, policy_version, name)
-        )
+        task = asyncio.create_task(work)
         self._running[key] = task
         try:
             return await task
@@ -255,91 +301,78 @@ class RolloutManager:
             if self._running.get(key) is task:
                 del self._running[key]
 
-    async def _generate_batch(
-        self,
-        dataset: Dataset,
-        prompts: Sequence[Prompt],
-        step: int,
-        policy_version: int,
-        name: str | None,
-    ) -> Collector:
+    async def _fill(self, producer: Producer, policy_version: int) -> None:
+        async with self._serving(policy_version):
+            await producer.fill()
+
+    async def _evaluation(self, name: str, step: int, policy_version: int) -> BatchRef:
+        dataset = self._eval_datasets[name]
+        [config] = [e for e in self._evals if e.name == name]
         folder = batch_folder(self._run, step, name)
         collector = Collector(
             dataset.engine,
             dataset.generate,
             dataset.grader,
             await asyncio.to_thread(ShardWriter, self._store, self._run, folder),
-            self._rollout.concurrency,
+            self._slots,
             self._rollout.shard_groups,
+            client=self._client,
         )
-        engine = f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
-        groups = dataset.episodes(prompts, self._run, step, policy_version, engine)
-        if name is None:
-            done = await asyncio.to_thread(self._durable, groups, step, policy_version)
-            for group in done.values():
-                collector.adopt(group)
-            groups = [group for group in groups if group[0].context.group_id not in done]
-        serving = self._fleet.serving(policy_version) if self._fleet else nullcontext()
-        async with serving:
+        asked = Asked(self._run, step, policy_version, self._engine_name)
+        prompts = dataset.prompts
+        plan = dataset.plan(prompts, step)
+        groups = [dataset.episodes(g, p, asked) for g, p in zip(plan, prompts, strict=True)]
+        async with self._serving(policy_version):
             await collector.generate(groups)
-        return collector
-
-    def _durable(
-        self, groups: Sequence[Sequence[Episode]], step: int, policy_version: int
-    ) -> dict[str, list[Sample]]:
-        """Issue the step's groups; the samples of those that an earlier attempt left whole."""
-        plan = [
-            IssuedGroup(
-                group_id=group[0].context.group_id,
-                prompt_id=group[0].prompt.prompt_id,
-                samples=len(group),
-                seeds=tuple(episode.context.seed for episode in group),
-            )
-            for group in groups
-        ]
-        standing = issue(self._store, self._run, step, plan, policy_version)
-        if list(standing.groups) != plan:
-            raise ValueError(
-                f"step {step} was issued with other prompts or seeds than its settings give now; "
-                f"has {self._data.path} changed since the run began?"
-            )
-        durable = durable_groups(self._store, self._run, step)
-        for damage in durable.skipped:
-            logging.getLogger("rollflow").warning("not taken, generated again: %s", damage)
-        found: dict[str, list[Sample]] = {}
-        for sample in durable.samples:
-            found.setdefault(sample.group_id, []).append(sample)
-        # A group that failed as a whole is worth another try; anything else stays as it is.
-        return {k: v for k, v in found.items() if any(s.status is not Status.FAILED for s in v)}
-
-    async def _commit(self, collector: Collector, step: int, name: str | None) -> BatchRef:
         parts = await collector.write()
         tally = collector.tally
-        prefix = "rollout" if name is None else f"eval/{name}"
-        return await asyncio.to_thread(
+        rewards = [[s.reward for s in o.samples] for o in collector.members]
+        ref = await asyncio.to_thread(
             commit_batch,
             self._store,
             self._run,
-            batch_folder(self._run, step, name),
+            folder,
             step,
             parts,
             groups=tally.groups,
             policy_versions=sorted(tally.versions),
-            metrics={**tally.metrics(prefix), **(_timings(collector) if name is None else {})},
-            ledger={"prompt_epoch": self._epoch(step)} if name is None else {},
+            metrics={
+                **tally.metrics(f"eval/{name}"),
+                **pass_metrics(f"eval/{name}", rewards, config.solved_at),
+            },
+            ledger={},
             dataset=name,
         )
+        samples = [sample for outcome in collector.members for sample in outcome.samples]
+        await self._show(self._hooks.eval_samples, "eval_samples", samples, step)
+        return ref
 
-    def _epoch(self, step: int) -> int:
-        return self._training.prompts.epoch_of(step, self._rollout.batch_size)
+    def _serving(self, policy_version: int) -> AbstractAsyncContextManager[None]:
+        return self._fleet.serving(policy_version) if self._fleet else nullcontext()
 
-    def _collector(self, step: int) -> Collector:
-        if step not in self._collectors:
+    def _metrics(self, producer: Producer) -> dict[str, float]:
+        return {
+            **producer.collector.tally.metrics("rollout"),
+            **producer.metrics(),
+            **_timings(producer.collector),
+        }
+
+    async def _show(self, path: str, kind: HookKind, samples: list[Sample], step: int) -> None:
+        """Give samples to a hook that looks at them; what it raises is told and changes nothing."""
+        if not path:
+            return
+        try:
+            await asyncio.to_thread(load_hook(path, kind), samples, step)
+        except Exception as error:  # noqa: BLE001 - the function is the user's: it may raise anything
+            logging.getLogger("rollflow").warning("hooks.%s raised %r", kind, error)
+
+    def _producer(self, step: int) -> Producer:
+        if step not in self._producers:
             raise ValueError(
-                f"step {step} has no groups here (generated: {sorted(self._collectors)}); "
+                f"step {step} has no groups here (generated: {sorted(self._producers)}); "
                 "generate it first"
             )
-        return self._collectors[step]
+        return self._producers[step]
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> None:
         if self._fleet is not None:

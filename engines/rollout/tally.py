@@ -1,5 +1,6 @@
 """Counts what a batch holds while it is collected, and turns the counts into metrics."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,3 +53,37 @@ class Tally:
             found["reward"] = statistics.fmean(self.rewards)
             found["reward_std"] = statistics.pstdev(self.rewards)
         return {f"{prefix}/{name}": value for name, value in found.items()}
+
+
+def pass_metrics(
+    prefix: str, rewards_GN: Sequence[Sequence[float | None]], solved_at: float
+) -> dict[str, float]:
+    """``avg@n`` and ``pass@k`` of an evaluation with n samples for each prompt; {} where n is 1.
+
+    ``pass@k`` is the unbiased estimate 1 - C(n-c, k)/C(n, k) of the chance that one of k samples is
+    right, where c of n were (arXiv:2107.03374); for k = 1, 2, 4, ... up to n, the mean over prompts.
+    A sample without reward is not right. n is the smallest group's.
+    """
+    n = min((len(rewards_N) for rewards_N in rewards_GN), default=0)
+    if n <= 1:
+        return {}
+    solved = [(len(r), sum(x is not None and x >= solved_at for x in r)) for r in rewards_GN]
+    ks = sorted({*(2**i for i in range(n.bit_length()) if 2**i <= n), n})
+    found = {
+        f"{prefix}/pass@{k}": statistics.fmean(pass_at(k, of, right) for of, right in solved)
+        for k in ks
+    }
+    means = [statistics.fmean(x for x in r if x is not None) for r in rewards_GN if any(
+        x is not None for x in r)]  # fmt: skip
+    if means:
+        found[f"{prefix}/avg@{n}"] = statistics.fmean(means)
+    return found
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """Chance that k of n samples, drawn without return, hold one of the ``right`` ones.
+
+    >>> pass_at(1, 4, 1), pass_at(4, 4, 1), pass_at(2, 4, 0)
+    (0.25, 1.0, 0.0)
+    """
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)

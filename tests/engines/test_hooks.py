@@ -98,7 +98,7 @@ def test_whatever_takes_engine_prompt_and_context_and_is_async_generates(module,
 @pytest.mark.parametrize(
     ("path", "kind", "message"),
     [
-        ("hooks_c.reward", "reward", "not of the form 'pkg.mod:fn'"),
+        ("hooks_c", "reward", "not of the form 'pkg.mod:fn'"),
         ("hooks_c:", "reward", "not of the form 'pkg.mod:fn'"),
         (".hooks_c:reward", "reward", "cannot be imported"),
         ("hooks_absent:reward", "reward", "No module named 'hooks_absent'"),

@@ -11,7 +11,7 @@ import ray
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import GenerateContext, GenerateEngine
 from rollflow.engines.rollout import single_turn
-from rollflow.engines.rollout.config import EvalConfig, RolloutConfig, SamplingConfig
+from rollflow.engines.rollout.config import EvalConfig, HooksConfig, RolloutConfig, SamplingConfig
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
@@ -78,7 +78,7 @@ class RolloutParts:
             self.run,
             store,
             ModelConfig(path=str(models[0])),
-            data,
+            [data],
             RolloutConfig(
                 batch_size=8,
                 n_samples_per_prompt=4,
@@ -89,6 +89,7 @@ class RolloutParts:
                 generate="rollout_parts:generate_and_kill_a_server",
                 sampling=SamplingConfig(max_new_tokens=400, ignore_eos=True),
             ),
+            HooksConfig(),
             [EvalConfig(name="heldout", data=data, sampling=greedy)],
             {},
             {},

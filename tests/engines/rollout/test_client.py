@@ -77,14 +77,14 @@ async def client(server: Server) -> AsyncIterator[GenerateClient]:
 async def test_a_request_carries_tokens_and_seed_and_gives_tokens_and_logprobs(
     server: Server, client: GenerateClient
 ):
-    completion = await client.generate([1, 2], {"temperature": 0.5}, 11)
-    assert server.bodies == [
-        {
-            "input_ids": [1, 2],
-            "sampling_params": {"temperature": 0.5, "sampling_seed": 11},
-            "return_logprob": True,
-        }
-    ]
+    completion = await client.generate([1, 2], {"temperature": 0.5, "max_new_tokens": 9}, 11)
+    [body] = server.bodies
+    assert body.pop("rid")
+    assert body == {
+        "input_ids": [1, 2],
+        "sampling_params": {"temperature": 0.5, "max_new_tokens": 9, "sampling_seed": 11},
+        "return_logprob": True,
+    }
     assert completion.token_ids == [5, 6]
     assert completion.logprobs == [-0.5, -0.25]
     assert (completion.finish_reason, completion.policy_version) == ("stop", 7)

@@ -83,13 +83,16 @@ class Batch:
         run = RunRef("run", self.store.run_url("run"))
         self.writer = ShardWriter(self.store, run, "batch")
         engine = RolloutEngine(None, DataConfig(path="x"), None)
-        grader = Grader(f"{HERE}:{reward}", options.pop("timeout_s", 30.0))
-        settings = {"concurrency": 8, "shard_groups": 2} | options
-        self.collector = Collector(engine, generate, grader, self.writer, **settings)
+        grader = self.grader = Grader(f"{HERE}:{reward}", options.pop("timeout_s", 30.0))
+        slots = asyncio.Semaphore(options.pop("concurrency", 8))
+        settings: dict[str, Any] = {"shard_groups": 2} | options
+        self.collector = Collector(engine, generate, grader, self.writer, slots, **settings)
 
     async def run(self, groups: list[list[Episode]]) -> list[Sample]:
-        await self.collector.generate(groups)
-        await self.collector.score()
+        try:
+            await self.collector.generate(groups)
+        finally:
+            await self.grader.stop()
         return self.rows(await self.collector.write())
 
     def rows(self, parts: Any) -> list[Sample]:
