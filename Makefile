@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity recipes trl mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,6 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 S3 := .venv-s3
+TRL := .trl
 
 help:                   ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +37,19 @@ stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slo
 parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in every variant (4 minutes)
 	@ROLLFLOW_PARITY=all $(BIN)/pytest tests/engines/megatron/test_parallel.py tests/engines/megatron/test_reshard.py -s
 
+recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through the real loop (6 minutes)
+	@ROLLFLOW_RECIPES=all $(BIN)/pytest tests/flows/test_algorithm_recipes.py
+
+trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
+	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
+
+mutants: $(INSTALLED)   ## Break the algorithms in many ways; the tests must notice each (8 minutes)
+	@$(BIN)/python -m tests.engines.algorithms.mutate
+
+$(TRL)/.installed: requirements-trl.lock $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL) -r requirements-trl.lock; \
+	touch $@
+
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -56,4 +70,4 @@ $(S3)/.installed: requirements-s3.lock
 	touch $@
 
 clean:                  ## Remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(S3) .rollflow
+	rm -rf $(VENV) $(S3) $(TRL) .rollflow

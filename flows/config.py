@@ -86,10 +86,10 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _algorithm_is_wired(self) -> "RunConfig":
         algorithm = self.algorithm
-        if algorithm.name != "sft" and (algorithm.critic or algorithm.teacher_coef):
+        if algorithm.name != "sft" and algorithm.teacher_coef:
             raise ValueError(
-                f"algorithm.name = {algorithm.name!r} needs a critic or a teacher, which the trainer "
-                "of this version does not run yet; choose another"
+                f"algorithm.name = {algorithm.name!r} needs a teacher, which the rollout side of this "
+                "version does not run yet; choose another"
             )
         return self
 

@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from rollflow.engines.cpu.megatron import cuda_means_cpu
@@ -34,10 +35,11 @@ from rollflow.storage.checkpoints import (
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 
+from .critic import Critic
 from .export import save_hugging_face
-from .model import unwrapped
+from .learner import Learner
+from .model import Model, unwrapped
 from .optimizer_state import optimizer_state, restore_optimizer
-from .step import Learner
 
 T = TypeVar("T")
 
@@ -102,23 +104,41 @@ def load_checkpoint(learner: Learner, store: Store, ref: CheckpointRef) -> None:
                 # Random states belong to ranks that do not exist here; nothing draws from them.
                 del wanted["random"]
             state: Any = dist_checkpointing.load(wanted, source)
-            for key, chunk in _chunks(learner):
-                chunk.load_state_dict(state[key])
-            restore_optimizer(learner.optimizer, state["optimizer"])
-    learner.scheduler.load_state_dict(state["scheduler"])
+            _restore(learner.model, learner, state)
+            if learner.critic is not None:
+                _restore(learner.critic.model, learner.critic, state["critic"])
     if "random" in state:
         _set_random_states(state["random"])
 
 
 def _state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
-    weights = {key: chunk.sharded_state_dict() for key, chunk in _chunks(learner)}
-    return {
-        **weights,
-        "optimizer": optimizer_state(learner.optimizer, weights, is_loading=is_loading),
-        "scheduler": learner.scheduler.state_dict(),
+    state = {
+        **_trained_state(learner.model, learner, is_loading),
         "layout": _layout(),
         "random": _random_states(),
     }
+    if learner.critic is not None:
+        critic = _trained_state(learner.critic.model, learner.critic, is_loading)
+        add_prefix_for_sharding(critic, "critic.")
+        state["critic"] = critic
+    return state
+
+
+def _trained_state(model: Model, trained: Learner | Critic, is_loading: bool) -> dict[str, Any]:
+    """A model with its optimizer and schedule."""
+    weights = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model)}
+    return {
+        **weights,
+        "optimizer": optimizer_state(trained.optimizer, weights, is_loading=is_loading),
+        "scheduler": trained.scheduler.state_dict(),
+    }
+
+
+def _restore(model: Model, trained: Learner | Critic, state: dict[str, Any]) -> None:
+    for key, chunk in _chunks(model):
+        chunk.load_state_dict(state[key])
+    restore_optimizer(trained.optimizer, state["optimizer"])
+    trained.scheduler.load_state_dict(state["scheduler"])
 
 
 def _layout() -> tuple[int, int]:
@@ -129,9 +149,9 @@ def _layout() -> tuple[int, int]:
     )
 
 
-def _chunks(learner: Learner) -> list[tuple[str, Any]]:
+def _chunks(model: Model) -> list[tuple[str, Any]]:
     """megatron-core's names of the pipeline stages: ``model``, or ``model0``, ``model1``..."""
-    chunks = [unwrapped(chunk) for chunk in learner.model.chunks]
+    chunks = [unwrapped(chunk) for chunk in model.chunks]
     if len(chunks) == 1:
         return [("model", chunks[0])]
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]

@@ -20,6 +20,10 @@ from .model import Model
 
 LossFn = Callable[[int, Tensor, Tensor], tuple[Tensor, Metrics]]
 """(number of the micro-batch, log-probs [M], entropies [M]) -> (its share of the loss, metrics)."""
+ValueLossFn = Callable[[int, Tensor], tuple[Tensor, Metrics]]
+"""(number of the micro-batch, values [M]) -> (its share of the loss, metrics)."""
+_Read = Callable[[MicroBatch, Tensor], tuple[Tensor, ...]]
+"""(micro-batch, the model's output at the places it predicts) -> numbers of those places."""
 
 
 def logprobs_of(
@@ -34,7 +38,21 @@ def logprobs_of(
         return logprobs_M.sum(), logprobs_M
 
     with torch.no_grad():
-        return _run(model, micro_batches, temperature, keep, forward_only=True)
+        read = _read_logprobs(model, temperature)
+        return _run(model, micro_batches, read, keep, forward_only=True)
+
+
+def values_of(model: Model, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """A critic's values before each trained token, [M] for each micro-batch, without a gradient.
+
+    Empty on a rank that does not hold the last pipeline stage.
+    """
+
+    def keep(number: int, values_M: Tensor) -> tuple[Tensor, Any]:
+        return values_M.sum(), values_M
+
+    with torch.no_grad():
+        return _run(model, micro_batches, _read_values, keep, forward_only=True)
 
 
 def accumulate_gradients(
@@ -44,11 +62,27 @@ def accumulate_gradients(
 
     The metrics are of the micro-batches of this data parallel rank.
     """
+    return _accumulate(model, micro_batches, _read_logprobs(model, temperature), loss_fn)
+
+
+def accumulate_value_gradients(
+    model: Model, micro_batches: Sequence[MicroBatch], loss_fn: ValueLossFn
+) -> Metrics:
+    """The same for a critic."""
+    return _accumulate(model, micro_batches, _read_values, loss_fn)
+
+
+def _accumulate(
+    model: Model,
+    micro_batches: Sequence[MicroBatch],
+    read: _Read,
+    loss_fn: Callable[..., tuple[Tensor, Metrics]],
+) -> Metrics:
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
         chunk.module.zero_grad(set_to_none=True)
     metrics = Metrics()
-    for piece in _run(model, micro_batches, temperature, loss_fn, forward_only=False):
+    for piece in _run(model, micro_batches, read, loss_fn, forward_only=False):
         metrics = metrics.merge(piece)
     return metrics
 
@@ -67,20 +101,13 @@ def reduce_over_ranks(metrics: Metrics) -> dict[str, float]:
     return values[0]
 
 
-def _run(
-    model: Model,
-    micro_batches: Sequence[MicroBatch],
-    temperature: float,
-    loss_fn: Callable[[int, Tensor, Tensor], tuple[Tensor, Any]],
-    *,
-    forward_only: bool,
-) -> list[Any]:
+def _read_logprobs(model: Model, temperature: float) -> _Read:
+    """Log-probabilities of the next tokens and entropies."""
     vocab_rank = parallel_state.get_tensor_model_parallel_rank()
     split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
-    def loss(number: int, batch: MicroBatch, logits_1TV: Tensor) -> tuple[Tensor, Tensor, Any]:
-        logits_HV = logits_1TV[0].index_select(0, batch.places_H)
-        held = target_logprobs(
+    def read(batch: MicroBatch, logits_HV: Tensor) -> tuple[Tensor, Tensor]:
+        return target_logprobs(
             logits_HV,
             batch.targets_M[batch.held_H],
             temperature=temperature,
@@ -88,8 +115,25 @@ def _run(
             vocab_size=model.vocab_size,
             all_reduce=_all_reduce_vocab if split else None,
         )
-        logprobs_M, entropy_M = (_of_all_tokens(own_H, batch) for own_H in held)
-        share, kept = loss_fn(number, logprobs_M, entropy_M)
+
+    return read
+
+
+def _read_values(batch: MicroBatch, output_H1: Tensor) -> tuple[Tensor]:
+    return (output_H1[:, 0].float(),)
+
+
+def _run(
+    model: Model,
+    micro_batches: Sequence[MicroBatch],
+    read: _Read,
+    loss_fn: Callable[..., tuple[Tensor, Any]],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    def loss(number: int, batch: MicroBatch, output_1TX: Tensor) -> tuple[Tensor, Tensor, Any]:
+        held = read(batch, output_1TX[0].index_select(0, batch.places_H))
+        share, kept = loss_fn(number, *(_of_all_tokens(own_H, batch) for own_H in held))
         # The count is megatron-core's divisor of a sum over tokens; our weights divide already.
         return share, torch.zeros((), dtype=torch.int, device=share.device), kept
 

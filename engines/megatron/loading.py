@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,19 @@ class HuggingFaceWeights:
         return self._of[name].get_tensor(name)
 
 
-def load_hugging_face(bridge: LLMBridge, chunks: list[Any], folder: str) -> None:
+def load_hugging_face(
+    bridge: LLMBridge, chunks: list[Any], folder: str, *, output_layer: bool = True
+) -> None:
     """Fill this rank's part from a folder of safetensors; each rank reads what it needs itself.
+
+    Without ``output_layer`` that of the model stays as it is: a critic's has no counterpart.
 
     Raises:
         ValueError: a tensor is missing, has another shape than config.json asks for, or belongs to
             no parameter; it is named with both shapes. No weight was changed.
     """
     weights = HuggingFaceWeights(folder)
-    wanted = list(wanted_tensors(bridge, chunks))
+    wanted = list(wanted_tensors(bridge, chunks, () if output_layer else ("output_layer.weight",)))
     expected: dict[str, tuple[int, ...]] = {}
     for _, _, shapes in wanted:
         expected |= shapes
@@ -68,13 +72,18 @@ def load_hugging_face(bridge: LLMBridge, chunks: list[Any], folder: str) -> None
 
 
 def wanted_tensors(
-    bridge: LLMBridge, chunks: list[Any]
+    bridge: LLMBridge, chunks: list[Any], but: Sequence[str] = ()
 ) -> Iterator[tuple[Tensor, str, dict[str, tuple[int, ...]]]]:
-    """(parameter, megatron-core's name in the whole model, Hugging Face names and shapes) of each."""
+    """(parameter, megatron-core's name in the whole model, Hugging Face names and shapes) of each.
+
+    ``but`` names parameters that are left out.
+    """
     for chunk in chunks:
         names = bridge._weight_name_mapping_mcore_local_to_global(chunk)
         state = chunk.state_dict(keep_vars=True)
         for local, name in names.items():
+            if name in but:
+                continue
             whole = _whole_shape(state[local], name)
             found, parts = bridge._weight_to_hf_format(name, torch.empty(whole, device="meta"))
             yield state[local], name, {n: tuple(p.shape) for n, p in zip(found, parts, strict=True)}

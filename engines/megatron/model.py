@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mbridge.utils.layer import LinearForLastLayer
 from transformers import AutoConfig, PretrainedConfig
 
 from rollflow.engines.config import ModelConfig
@@ -52,8 +53,12 @@ class Model:
         return row_flops(self.bridge.config, self.vocab_size, tokens)
 
 
-def build_model(config: ModelConfig, settings: Settings, device: str) -> Model:
+def build_model(
+    config: ModelConfig, settings: Settings, device: str, *, value_head: bool = False
+) -> Model:
     """Build this rank's part and load ``config.path``, or start from random weights.
+
+    With ``value_head`` the output layer gives one number for each token, 0 before it is trained.
 
     Process groups and seeds must stand already; see :mod:`.parallel`. Random weights depend on the
     seed and the number of pipeline stages only.
@@ -64,6 +69,8 @@ def build_model(config: ModelConfig, settings: Settings, device: str) -> Model:
         FileNotFoundError: ``config.path`` has no config.json.
     """
     hf_config = read_hf_config(config)
+    if value_head:
+        hf_config.tie_word_embeddings = False
     dtype = getattr(torch, config.dtype)
     ddp = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": False, **settings.ddp}
     with cuda_means_cpu(), contextlib.redirect_stdout(sys.stderr):
@@ -75,10 +82,14 @@ def build_model(config: ModelConfig, settings: Settings, device: str) -> Model:
             bf16=dtype is torch.bfloat16,
             wrap_with_ddp=True,
             ddp_config=ddp,
-            post_model_creation_callbacks=[_use_packed_positions],
+            post_model_creation_callbacks=[
+                _use_packed_positions,
+                *([_use_value_head] if value_head else []),
+            ],
         )
         if not config.random_weights:
-            load_hugging_face(bridge, [unwrapped(chunk) for chunk in chunks], config.path)
+            parts = [unwrapped(chunk) for chunk in chunks]
+            load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
     return Model(bridge, chunks, hf_config, dtype)
 
 
@@ -134,3 +145,9 @@ def _model_overrides(
 
 def _use_packed_positions(model: Any, **_: Any) -> None:
     model.rotary_pos_emb = PackedRotaryEmbedding(model.rotary_pos_emb)
+
+
+def _use_value_head(model: Any, post_process: bool, config: Any, **_: Any) -> None:
+    if post_process:
+        model.output_layer = LinearForLastLayer(config.hidden_size, 1, config=config)
+        torch.nn.init.zeros_(model.output_layer.weight)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rollflow.engines import weights
-from rollflow.engines.algorithms.config import AlgorithmConfig, own_function
+from rollflow.engines.algorithms.config import AlgorithmConfig, SftConfig, own_function
 from rollflow.engines.algorithms.policy import needs
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
@@ -23,12 +23,14 @@ from rollflow.storage.samples import Sample
 from . import parallel
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import GatesConfig, TrainerConfig
+from .critic import Critic, build_critic
 from .export import export_weights
+from .learner import Learner
 from .model import build_model
 from .optimizer import build_optimizer
 from .reference import Reference
 from .settings import split_settings
-from .step import Learner, train_on
+from .step import train_on
 
 
 class Rank:
@@ -75,6 +77,7 @@ class Rank:
             gates=gates,
             temperature=temperature or 1.0,
             device=platform.device,
+            critic=_critic(algorithm, model, settings, trainer, total_steps, platform.device),
             own_advantage=_own(algorithm, "advantage"),
             own_loss=_own(algorithm, "loss"),
         )
@@ -129,6 +132,11 @@ class Rank:
     def leave(self) -> None:
         """Take down the process groups."""
         parallel.leave()
+
+
+def _critic(algorithm: AlgorithmConfig, *rest: Any) -> Critic | None:
+    critic = None if isinstance(algorithm, SftConfig) else algorithm.critic
+    return build_critic(critic, *rest) if critic else None
 
 
 def _own(algorithm: AlgorithmConfig, field: Literal["advantage", "loss"]) -> Any:

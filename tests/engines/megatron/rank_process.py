@@ -26,10 +26,10 @@ def main() -> None:
                     answer = faults.enter_context(FAULTS[args[0]]())
                 elif method == "mend":
                     answer = faults.close()
-                elif method == "weights":
-                    from tests.engines.megatron.weights_of_rank import weights_of_rank
+                elif method in ("weights", "gradients"):
+                    from tests.engines.megatron import weights_of_rank
 
-                    answer = weights_of_rank(rank)
+                    answer = getattr(weights_of_rank, f"{method}_of_rank")(rank)
                 else:
                     answer = getattr(rank, method)(*args)
                 owner.send((answer, None))
