@@ -37,13 +37,13 @@ stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slo
 parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in every variant (4 minutes)
 	@ROLLFLOW_PARITY=all $(BIN)/pytest tests/engines/megatron/test_parallel.py tests/engines/megatron/test_reshard.py -s
 
-recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through the real loop (6 minutes)
+recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through the real loop
 	@ROLLFLOW_RECIPES=all $(BIN)/pytest tests/flows/test_algorithm_recipes.py
 
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
 
-mutants: $(INSTALLED)   ## Break the algorithms in many ways; the tests must notice each (8 minutes)
+mutants: $(INSTALLED)   ## Break the algorithms in many ways; the tests must notice each
 	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
