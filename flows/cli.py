@@ -5,24 +5,19 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cyclopts import App
 from rich.console import Console
 from rich.text import Text
 
-from . import cli_look, server
+from . import cli_derive, cli_look, server
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
-
-if TYPE_CHECKING:
-    from .config import RunConfig
-    from .progress import RunSummary
 
 app = App(
     name="rollflow", help="Reinforcement-learning post-training of language models as a workflow."
 )
-app.command(cli_look.runs)
-app.command(cli_look.rollouts)
+cli_look.register(app)
+cli_derive.register(app)
 
 
 def main() -> None:
@@ -121,9 +116,10 @@ def resume(run: str, *words: Words, store: StoreUrl = DEFAULT_STORE) -> None:
 
     config = build_config(overlay(stored_settings(store, run), words))
     ui = server.use_server()
+    from .show import print_summary
     from .train import train as train_flow
 
-    _print_summary(config, asyncio.run(train_flow(config)), ui)
+    print_summary(config, asyncio.run(train_flow(config)), ui, console)
 
 
 @app.command
@@ -177,19 +173,8 @@ def _run_flow(
     ui = server.use_server()
     from . import evaluate as evaluating
     from . import train as training
+    from .show import print_summary
 
     flows = {"train": training.train, "sft": training.sft, "evaluate": evaluating.evaluate}
     summary = asyncio.run(flows[name](config, **options))
-    _print_summary(config, summary, ui)
-
-
-def _print_summary(config: "RunConfig", summary: "RunSummary", ui: str) -> None:
-    console.print(f"\n{config.name}: {summary.outcome} in {summary.seconds:.0f} s")
-    for version, metrics in sorted(summary.evaluations.items()):
-        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("/reward"))
-        console.print(f"  after {version} steps: {shown}")
-    console.print(f"  store:       {summary.run.url}")
-    console.print(f"  picture:     {summary.picture}")
-    console.print(f"  Prefect UI:  {ui}")
-    console.print(f"  TensorBoard: tensorboard --logdir {summary.tensorboard}")
-    console.print(f"  samples:     rollflow rollouts show {config.name} --store {config.store.url}")
+    print_summary(config, summary, ui, console)

@@ -1,4 +1,4 @@
-"""Commands that look into runs and change nothing of a log."""
+"""Commands that look into runs, and the one that tidies them up."""
 
 from pathlib import Path
 
@@ -7,6 +7,13 @@ from cyclopts import App
 from rollflow.storage.samples import Status
 
 from .terminal import DEFAULT_STORE, StoreUrl, console
+
+
+def register(app: App) -> None:
+    """Add the commands to the ``rollflow`` command."""
+    for command in (runs, rollouts, lineage, gc):
+        app.command(command)
+
 
 runs = App(name="runs", help="The runs in a store.")
 rollouts = App(name="rollouts", help="The samples that a run stored.")
@@ -165,3 +172,38 @@ def export_rollouts(
     from .look import export
 
     console.print(f"{export(store, run, target, where)} samples written to {target}")
+
+
+def lineage(run: str, target: str, ids: bool = False, store: StoreUrl = DEFAULT_STORE) -> None:
+    """Tell what a checkpoint was trained on, or where a sample came from and what it did.
+
+    Parameters
+    ----------
+    run: name of the run.
+    target: a checkpoint, such as step-000010, or a sample's id, such as 000010/train.jsonl:7#3.
+    ids: of a checkpoint, list every sample that it was trained on: run, step and id, a line each.
+    """
+    from .lineage import print_lineage
+
+    print_lineage(store, run, target, ids)
+
+
+def gc(
+    run: str,
+    keep: int = 1,
+    rollouts: bool = False,
+    dry_run: bool = False,
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Remove superseded checkpoints, and leftovers of writers that were killed.
+
+    Parameters
+    ----------
+    run: name of the run.
+    keep: how many of the newest whole checkpoints stay.
+    rollouts: also remove batches that a kept checkpoint makes needless for going on. Replay, scoring again and audits by recomputation need them.
+    dry_run: only list what would go.
+    """
+    from .gc import collect_garbage
+
+    collect_garbage(store, run, keep, rollouts, dry_run)

@@ -1,6 +1,7 @@
 """Tables for people: runs, batches, samples."""
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,10 @@ from rollflow.storage.runs import open_run
 from rollflow.storage.samples import Sample
 
 from .status import read_statuses
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .progress import RunSummary
 
 BATCH_METRICS = (
     "rollout/reward",
@@ -157,3 +162,16 @@ def print_status(console: Console) -> None:
             str(status.pid) if status.alive else "gone",
         )
     console.print(table)
+
+
+def print_summary(config: "RunConfig", summary: "RunSummary", ui: str, console: Console) -> None:
+    """How a run ended and where its traces are."""
+    console.print(f"\n{config.name}: {summary.outcome} in {summary.seconds:.0f} s")
+    for version, metrics in sorted(summary.evaluations.items()):
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith("/reward"))
+        console.print(f"  after {version} steps: {shown}")
+    console.print(f"  store:       {summary.run.url}")
+    console.print(f"  picture:     {summary.picture}")
+    console.print(f"  Prefect UI:  {ui}")
+    console.print(f"  TensorBoard: tensorboard --logdir {summary.tensorboard}")
+    console.print(f"  samples:     rollflow rollouts show {config.name} --store {config.store.url}")

@@ -30,7 +30,9 @@ from .manifests import (
     read_table,
 )
 from .objects import Store
+from .origins import batch_home
 from .refs import BatchRef, RunRef
+from .retention import REMOVED, removed_digest
 from .runs import RunNotFound, read_run
 from .shards import MANIFEST, PART_NAME
 from .steps import StepRecord, read_step, step_url
@@ -103,6 +105,8 @@ class _Audit:
         self._batch_of_group: dict[str, str] = {}
         self._continued: dict[str, str] = {}
         """Groups that were put back, and as which group of a later step they went on."""
+        self._first, self._home = 0, run
+        """Where the run's steps begin, and the run that holds its batches: of one made from another."""
 
     def check_run(self) -> None:
         """The config is the one that the run was created with."""
@@ -112,6 +116,9 @@ class _Audit:
             record = self._read(lambda: read_run(self._store, self._run.name))
         except RunNotFound:
             return self._find(url, "no such object")
+        if record and record.origin:
+            self._first = record.origin.first_step
+            self._home = batch_home(self._store, self._run)
         if record and json_digest(record.config) != record.config_digest:
             self._find(url, "config_digest is not the config's")
         return None
@@ -136,7 +143,7 @@ class _Audit:
         names = self._store.children(f"{self._run.url}/steps")
         numbers = [int(found[1]) for found in map(_STEP.fullmatch, names) if found]
         records: dict[int, StepRecord] = {}
-        for step in range(max(numbers, default=-1) + 1):
+        for step in range(self._first, max(numbers, default=-1) + 1):
             url = step_url(self._run, step)
             self._known.add(url)
             if record := self._read(lambda s=step: read_step(self._store, self._run, s), url):
@@ -184,11 +191,13 @@ class _Audit:
         self, batches: dict[int, BatchRef], records: dict[int, StepRecord]
     ) -> None:
         """A batch is consumed by the record of its step, and by no other."""
-        for step in range(max([*batches, *records], default=-1) + 1):
-            folder = batch_folder(self._run, step)
+        for step in range(self._first, max([*batches, *records], default=-1) + 1):
+            folder = batch_folder(self._home, step)
             record, batch = records.get(step), batches.get(step)
+            if self._home != self._run:
+                batch = self._read(lambda s=step: find_batch(self._store, self._home, s))
             if batch is None and folder not in self._damaged_folders:
-                self._find(f"{folder}/{MANIFEST}", "no such object")
+                self._check_removed(step, record)
             elif record and batch and record.ref.batch_digest != batch.digest:
                 reason = f"consumes batch {record.ref.batch_digest}; the step's is {batch.digest}"
                 self._find(record.ref.url, reason)
@@ -198,6 +207,20 @@ class _Audit:
         for record in records.values():
             if users[record.ref.batch_digest] > 1:
                 self._find(record.ref.url, "consumes a batch that another step consumes too")
+
+    def _check_removed(self, step: int, record: StepRecord | None) -> None:
+        """A batch that is not there was removed on purpose, and is the one that its step consumed."""
+        folder = batch_folder(self._home, step)
+        digest = self._read(lambda: removed_digest(self._store, self._home, step), folder=folder)
+        if digest is None:
+            self._find(f"{folder}/{MANIFEST}", "no such object")
+        elif record is None or record.ref.batch_digest != digest:
+            self._find(
+                f"{folder}/{REMOVED}", f"removed batch {digest} is not what the step consumed"
+            )
+        else:
+            self._known.add(f"{folder}/{REMOVED}")
+            self.counts["batches removed"] += 1
 
     def check_evaluations(self, dataset: str) -> None:
         """Every evaluation that is committed is whole."""
@@ -223,7 +246,9 @@ class _Audit:
                 self._known |= {self._store.join(folder, file.name) for file in files}
                 self.counts["checkpoints"] += 1
             record = records.get(step)
-            if record is None:
+            if record is None and step == self._first - 1:
+                self.counts["checkpoints of the run it goes on from"] += 1
+            elif record is None:
                 self._find(f"{url}/{MANIFEST}", f"step {step} has no record")
             elif record.ref.weights_digest != ref.weights_digest:
                 found = f"weights {ref.weights_digest}; {record.ref.weights_digest} in the record"

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from .checkpoints import newest_checkpoint
 from .manifests import batch_steps, find_batch, manifest_parts, read_batch, read_manifest
 from .objects import Store
+from .origins import batch_home
 from .query import reader
 from .refs import BatchRef, RunRef
 from .runs import list_runs
@@ -50,6 +51,7 @@ def batch_rows(
     Columns: step, committed, rows, groups, digest, metrics, url; only the ``newest`` so many. A
     folder without a manifest is shown with ``committed`` False and nothing else.
     """
+    run = batch_home(store, run)
     steps = batch_steps(store, run, dataset)
     return [_batch_row(s, find_batch(store, run, s, dataset)) for s in steps[-(newest or 0) :]]
 
@@ -61,6 +63,7 @@ def batch_samples(
 
     ValueError where there is no such batch.
     """
+    run = batch_home(store, run)
     steps = batch_steps(store, run, dataset) if step is None else [step]
     for number in reversed(steps):
         if ref := find_batch(store, run, number, dataset):
@@ -75,6 +78,7 @@ def find_sample(store: Store, run: RunRef, sample_id: str, dataset: str | None =
     group_id, _, index = sample_id.rpartition("#")
     if not group_id or not index.isdigit():
         raise ValueError(f"sample {sample_id!r}: ids look like '000012/train.jsonl:7#3'")
+    run = batch_home(store, run)
     own = group_id.partition("/")[0]
     steps = batch_steps(store, run, dataset)
     likely = [int(own)] if own.isdigit() and int(own) in steps else []

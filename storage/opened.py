@@ -10,6 +10,7 @@ from .checkpoints import list_checkpoints
 from .config import StoreConfig
 from .manifests import batch_steps, dataset_names, find_batch, read_table
 from .objects import Store, normalised_url
+from .origins import batch_home
 from .query import query
 from .refs import BatchRef, CheckpointRef, RunRef
 from .runs import RunRecord, read_run
@@ -55,9 +56,10 @@ class OpenRun:
         return read_step_records(self.store, self.ref)
 
     def batches(self, dataset: str | None = None) -> list[BatchRef]:
-        """The committed batches in order, or the evaluations on ``dataset``."""
-        steps = batch_steps(self.store, self.ref, dataset)
-        found = (find_batch(self.store, self.ref, step, dataset) for step in steps)
+        """The committed batches in order, or the evaluations on ``dataset``; a replay's are its source's."""
+        home = batch_home(self.store, self.ref) if dataset is None else self.ref
+        steps = batch_steps(self.store, home, dataset)
+        found = (find_batch(self.store, home, step, dataset) for step in steps)
         return [ref for ref in found if ref]
 
     def samples(

@@ -15,6 +15,7 @@ from .compaction import Compacted, compactions
 from .integrity import Record
 from .manifests import batch_folder, batch_steps, dataset_names, read_manifest
 from .objects import Store
+from .origins import batch_home
 from .refs import RunRef
 from .schema import ADDED, SCHEMA
 from .steps import read_step_records
@@ -79,9 +80,11 @@ def create_views(
 ) -> None:
     """Create the views that ``sql`` names, under names that begin with ``prefix``."""
     makers: dict[str, Callable[[], None]] = {
-        "samples": lambda: _samples_view(connection, store, run, prefix),
+        "samples": lambda: _samples_view(connection, store, batch_home(store, run), prefix),
         "evals": lambda: _evals_view(connection, store, run, prefix),
-        "batches": lambda: _table(connection, f"{prefix}batches", _batches(store, run)),
+        "batches": lambda: _table(
+            connection, f"{prefix}batches", _batches(store, batch_home(store, run))
+        ),
         "steps": lambda: _table(connection, f"{prefix}steps", _steps(store, run)),
         "metrics": lambda: _table(connection, f"{prefix}metrics", _metrics(store, run)),
         "checkpoints": lambda: _table(connection, f"{prefix}checkpoints", _checkpoints(store, run)),

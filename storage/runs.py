@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from .integrity import Record, exact_json, json_digest, seal, unseal
 from .objects import Store
@@ -12,6 +12,21 @@ from .refs import RunRef
 
 FORMAT = "rollflow.run/1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run came from that was made from another one."""
+
+    kind: Literal["fork", "replay", "rescore", "rollout"]
+    run: str
+    """Name of the run it was made from, in the same store; empty where from none."""
+    first_step: int = 0
+    """Steps of this run begin here; what was before is the other run's."""
+    batches: str = ""
+    """Name of the run that holds the batches which this one's steps trained on; empty for its own."""
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else there is to know, e.g. the weights or the grader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +44,8 @@ class RunRecord:
     code_revision: str
     created_at: str
     """UTC, ISO 8601."""
+    origin: Origin | None = None
+    """None for a run that began by itself."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -66,8 +83,9 @@ def create_run(
     versions: Mapping[str, str],
     code_revision: str,
     free: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
 ) -> RunRef:
-    """Create the run, or open it where one of that name and config exists already.
+    """Create the run, or open it where one of that name, config and origin exists already.
 
     ``config`` is the resolved config as JSON, ``free`` what of it may differ later. ValueError for a bad name, ``ConfigMismatch`` (with
     the keys that differ) where the run exists with another config.
@@ -81,11 +99,13 @@ def create_run(
         "free": exact_json(dict(free or {}), "free"),
         "versions": dict(versions),
         "code_revision": code_revision,
+        "origin": asdict(origin) if origin else None,
         "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     try:
         store.put_new(_url(ref), seal(record))
     except FileExistsError:
+        _check_origin(read_run(store, name), origin)
         return open_run(store, name, config)
     return ref
 
@@ -117,6 +137,7 @@ def read_run(store: Store, name: str) -> RunRecord:
         versions=record["versions"],
         code_revision=record["code_revision"],
         created_at=record["created_at"],
+        origin=Origin(**record["origin"]) if record.get("origin") else None,
     )
 
 
@@ -138,6 +159,18 @@ def run_ref(store: Store, name: str) -> RunRef:
             f"run name is {name!r}; use letters, digits, '.', '_' and '-', a letter or digit first"
         )
     return RunRef(name, store.run_url(name))
+
+
+def _check_origin(standing: RunRecord, origin: Origin | None) -> None:
+    """A run goes on by the command that made it; a fork is a run like others once it is there."""
+    made = standing.origin
+    if made == origin or (origin is None and made and made.kind == "fork"):
+        return
+    how = f"made by `rollflow {made.kind}` from {made.run!r}" if made else "made by itself"
+    raise ValueError(
+        f"run {standing.ref.name!r} exists and was {how}, from step {made.first_step if made else 0}; "
+        "repeat that command to go on with it, or give this run another name"
+    )
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from .integrity import ManifestError, Record, pack_metrics, seal, unpack_metrics
 from .lease import check_fence
 from .objects import Store
 from .refs import RunRef, StepRef
+from .runs import RunNotFound, read_run
 
 FORMAT = "rollflow.step/1"
 _SAME = ("batch_digest", "ledger", "rng")
@@ -113,10 +114,20 @@ def step_numbers(store: Store, run: RunRef) -> list[int]:
     """Give the numbers of the committed steps in order; ManifestError where one is missing."""
     names = store.children(f"{run.url}/steps")
     numbers = sorted(int(n[5:-5]) for n in names if n.startswith("step-") and n.endswith(".json"))
-    for expected, found in enumerate(numbers):
+    first = first_step(store, run) if numbers and numbers[0] else 0
+    for expected, found in enumerate(numbers, start=first):
         if expected != found:
             raise ManifestError(step_url(run, expected), "a step record", f"only step {found} on")
     return numbers
+
+
+def first_step(store: Store, run: RunRef) -> int:
+    """Give the step that a run begins with: 0, unless it goes on from another run."""
+    try:
+        origin = read_run(store, run.name).origin
+    except RunNotFound:
+        return 0
+    return origin.first_step if origin else 0
 
 
 def step_url(run: RunRef, step: int) -> str:

@@ -20,7 +20,7 @@ from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.prompts import PromptSet, load_prompts
 from rollflow.storage.refs import CheckpointRef, RunRef
-from rollflow.storage.runs import create_run
+from rollflow.storage.runs import Origin, create_run
 
 from .settings import RunSettings
 
@@ -53,8 +53,10 @@ class RunPlan:
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
-async def preflight(config: RunSettings) -> RunPlan:
+async def preflight(config: RunSettings, origin: Origin | None = None) -> RunPlan:
     """Check everything that can be checked without an engine, then open or create the run.
+
+    ``origin`` says where a new run comes from that does not begin by itself.
 
     Raises:
         ValueError: names field, value and fix.
@@ -76,11 +78,15 @@ async def preflight(config: RunSettings) -> RunPlan:
         print(
             f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped: {prompts.skipped[0]}"
         )
+    return find_plan(config, open_or_create(config, origin))
+
+
+def open_or_create(config: RunSettings, origin: Origin | None = None) -> RunRef:
+    """The run of these settings; ``ConfigMismatch`` where its name has others."""
     decides = identity(config)
-    run = create_run(
-        store, config.name, decides, versions(), code_revision(), the_rest(config, decides)
-    )
-    return find_plan(config, run)
+    rest = the_rest(config, decides)
+    store = Store(config.store)
+    return create_run(store, config.name, decides, versions(), code_revision(), rest, origin)
 
 
 def find_plan(config: RunSettings, run: RunRef) -> RunPlan:

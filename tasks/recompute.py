@@ -6,8 +6,8 @@ from typing import Any
 
 from rollflow.storage.checkpoints import list_checkpoints
 from rollflow.storage.config import StoreConfig
-from rollflow.storage.manifests import find_batch
 from rollflow.storage.objects import Store
+from rollflow.storage.origins import log_batch
 from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
 from rollflow.storage.runs import read_run
 from rollflow.storage.steps import StepRecord, read_step_records
@@ -124,7 +124,7 @@ def _entry(
     store: Store, run: RunRef, record: StepRecord, checkpoint: CheckpointRef | None
 ) -> LogEntry:
     step, digest = record.ref.step, record.ref.batch_digest
-    batch = find_batch(store, run, step)
+    batch = log_batch(store, run, step)
     if batch is None or batch.digest != digest:
         found = batch.digest if batch else "no committed batch"
         raise ValueError(

@@ -48,6 +48,9 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=decay,
         wd_incr_style="constant",
+        # A checkpoint says how far the schedule is; what it is are the settings, also of a fork.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
 

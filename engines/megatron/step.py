@@ -124,6 +124,7 @@ def _updates(learner: Learner, work: list[list[Work]], step: int) -> dict[str, f
         total = total.merge(piece)
     return reduce_over_ranks(total) | {
         "train/grad_norm": sum(norms) / len(norms),
+        "train/grad_norm_max": max(norms),
         "train/lr": rate,
     }
 

@@ -1,0 +1,157 @@
+"""Runs made from other runs: continued otherwise, trained again, scored again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from prefect import flow
+
+from rollflow.storage.refs import BatchRef, RunRef
+from rollflow.storage.runs import Origin
+from rollflow.tasks.checkpoint import save_checkpoint
+from rollflow.tasks.commit import commit_step
+from rollflow.tasks.derive import (
+    Source,
+    derive_run,
+    differences,
+    find_source,
+    replay_origin,
+    rescore_batch,
+)
+from rollflow.tasks.engines import Engines, restore_checkpoint, running_engines
+from rollflow.tasks.preflight import RunPlan, check_hooks, find_plan
+from rollflow.tasks.recovery import from_the_log, only_writer
+from rollflow.tasks.report import report
+from rollflow.tasks.train import train_step
+
+from .arguments import build_config, overlay, stored_settings
+from .config import RunConfig
+from .progress import Progress, RunSummary
+from .train import train
+
+NO_GATE = 1e9
+GATES = ("logprob_gap_max", "logprob_gap_mean", "mismatch_kl")
+
+
+@flow(name="fork", flow_run_name="{config.name}")
+async def fork(config: RunConfig, source: str, step: int) -> RunSummary:
+    """Continue ``source`` after ``step`` as a run of its own, by the settings of ``config``.
+
+    Raises:
+        ValueError: ``source`` has no checkpoint of that step.
+    """
+    await derive_run(config, Origin("fork", source, step + 1))
+    return await train.fn(config)
+
+
+@flow(name="replay", flow_run_name="{config.name}")
+async def replay(config: RunConfig, source: str, first: int, end: int | None) -> RunSummary:
+    """Train on the stored batches of steps ``first`` to ``end - 1`` of ``source``; nothing generates.
+
+    Checkpoints are saved where the source saved them and where ``config`` says so.
+
+    Raises:
+        ValueError: a batch is missing, or the checkpoint that ``first`` goes on from.
+    """
+    found = await find_source(config.store, source, first, end)
+    run = await derive_run(config, replay_origin(config.store, source, first))
+    plan = find_plan(config, run)
+    async with only_writer(config, run) as lease:
+        with Progress(config, plan) as progress:
+            outcome = await from_the_log(
+                config, lease, lambda plan: _replay(config, found, plan, progress)
+            )
+            return progress.summary(outcome)
+
+
+async def _replay(config: RunConfig, source: Source, plan: RunPlan, progress: Progress) -> str:
+    batches = [b for b in source.batches if b.step >= plan.next_step]
+    if not batches:
+        return "finished already"
+    progress.show("start engines")
+    async with running_engines(config, plan, rollout=False) as engines:
+        await progress.time("load checkpoint", restore_checkpoint(config, plan, engines))
+        for batch in batches:
+            await _train_again(config, plan.run, engines, batch, progress)
+            due = batch.step in source.saved_steps or config.checkpoint.due(batch.step + 1)
+            if due or batch is batches[-1]:
+                save = save_checkpoint(engines, config.checkpoint, batch.step)
+                await progress.time("checkpoint", save)
+    return "finished"
+
+
+async def _train_again(
+    config: RunConfig, run: RunRef, engines: Engines, batch: BatchRef, progress: Progress
+) -> None:
+    progress.begin(batch.step)
+    batch = replace(batch, run=run)  # its place stays where it is
+    result = await progress.time("train", train_step(engines, batch))
+    record = await progress.time("commit", commit_step(config.store, batch, result))
+    await report(progress.board, batch, progress.end(record, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class RescoreSummary:
+    """What scoring again gave."""
+
+    run: RunRef
+    samples: int = 0
+    changed: int = 0
+    """Samples whose reward is another."""
+    rewards: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Mean reward before and after, by step."""
+
+
+@flow(name="rescore", flow_run_name="{config.name}")
+async def rescore(config: RunConfig, source: str, first: int, end: int | None) -> RescoreSummary:
+    """Score the stored samples of ``source`` again by ``config.rollout.reward``, into a run of its own.
+
+    Each sample keeps what the earlier grader said beside the new reward.
+
+    Raises:
+        ValueError: a batch is missing, or the reward function cannot be used.
+    """
+    check_hooks(config)
+    found = await find_source(config.store, source, first, end)
+    run = await derive_run(config, Origin("rescore", source, first))
+    summary = RescoreSummary(run)
+    async with only_writer(config, run) as lease:
+        for batch in found.batches:
+            again = await rescore_batch(config, lease.run, batch)
+            before, after = (b.metrics.get("rollout/reward", 0.0) for b in (batch, again.batch))
+            summary = replace(
+                summary,
+                samples=summary.samples + again.batch.rows,
+                changed=summary.changed + again.changed,
+                rewards={**summary.rewards, batch.step: (before, after)},
+            )
+    return summary
+
+
+def derived_config(store: str, source: str, name: str, words: Sequence[str]) -> RunConfig:
+    """The settings of ``source`` under another name, with ``words`` laid over them.
+
+    A table whose kind the words change (``algorithm.name``) keeps nothing of the old kind.
+    """
+    settings = stored_settings(store, source)
+    given = overlay({}, words)
+    kind = given.get("algorithm", {}).get("name")
+    if kind and kind != settings["algorithm"]["name"]:
+        settings = {**settings, "algorithm": {"name": kind}}
+    return build_config(overlay({**settings, "name": name}, words))
+
+
+def replay_config(
+    store: str, source: str, name: str, words: Sequence[str]
+) -> tuple[RunConfig, dict[str, str]]:
+    """The settings of a replay, and those of them that make it come out other than ``source``.
+
+    Where there are any, the stored log-probabilities are of other weights from the second step on:
+    gates that compare them are off then, unless the words set them.
+    """
+    config = derived_config(store, source, name, words)
+    changed = differences(config, source)
+    asked = overlay({}, words).get("gates", {})
+    if changed and not asked:
+        gates = config.gates.model_copy(update=dict.fromkeys(GATES, NO_GATE))
+        config = config.model_copy(update={"gates": gates})
+    return config, changed
