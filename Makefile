@@ -59,8 +59,8 @@ check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the 
 chaos: $(INSTALLED)     ## Kill processes of a training 72 times and judge each recovery (about an hour)
 	@$(BIN)/python -m tests.chaos.run
 
-bench: $(INSTALLED)     ## Print where an iteration's time goes
-	@$(BIN)/rollflow bench
+bench: $(INSTALLED) s3-servers      ## Print where an iteration's time goes
+	@$(BIN)/python -m tests.object_stores $(BIN)/rollflow bench
 
 s3-servers: $(S3)/.installed  ## Create .venv-s3 with the S3 servers that the tests run against
 

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from rollflow.engines.rollout.grader import Grader
+from rollflow.engines.rollout.datasets import grader_of
 from rollflow.engines.rollout.tally import Tally
 from rollflow.storage.checkpoints import list_checkpoints
 from rollflow.storage.config import StoreConfig
@@ -118,14 +118,16 @@ async def rescore_batch(config: RunSettings, run: RunRef, batch: BatchRef) -> Re
     if done is not None:
         return Rescored(done, int(done.metrics.get("rollout/rescored_changed", 0)))
     samples = await asyncio.to_thread(read_batch, store, batch)
-    grader = Grader(config.rollout.reward, config.rollout.reward_timeout_s)
-    slots = asyncio.Semaphore(config.rollout.concurrency)
-
-    async def score(sample: Sample) -> Sample:
-        async with slots:
-            return await grader.score(_unscored(sample, run.name))
-
-    scored = list(await asyncio.gather(*map(score, samples)))
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, []).append(_unscored(sample, run.name))
+    grader = grader_of(config.rollout, config.rollout.reward, config.rollout.group_reward)
+    try:
+        await grader.start()
+        scored_groups = await asyncio.gather(*map(grader.score_group, groups.values()))
+    finally:
+        await grader.stop()
+    scored = [sample for group in scored_groups for sample in group]
     changed = sum(s.reward != s.previous_reward for s in scored)
     return Rescored(await asyncio.to_thread(_commit, store, run, batch, scored, changed), changed)
 

@@ -1,12 +1,17 @@
 """Real S3 servers on loopback: rclone's, and moto's, which also honours conditional puts.
 
 They live in an environment of their own, ``.venv-s3``, which ``make s3-servers`` makes.
+
+``python -m tests.object_stores COMMAND ...`` runs a command beside an rclone: with credentials,
+``AWS_ENDPOINT_URL`` and ``ROLLFLOW_BENCH_STORE`` in its environment, ``s3://rollflow-tests`` there.
 """
 
 import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -101,3 +106,21 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def main(command: list[str]) -> int:
+    """Run ``command`` beside a server; its exit status."""
+    install()
+    with tempfile.TemporaryDirectory(prefix="rollflow-s3-") as folder:
+        server = ObjectStoreServer("rclone", Path(folder) / "objects")
+        server.start()
+        own = {"AWS_ENDPOINT_URL": server.endpoint, "ROLLFLOW_BENCH_STORE": f"s3://{BUCKET}/bench"}
+        try:
+            environment = {**os.environ, **ENVIRONMENT, **own}
+            return subprocess.run(command, env=environment, check=False).returncode
+        finally:
+            server.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -145,7 +145,7 @@ def training_dataset(
         data,
         rollout,
         rollout.generate,
-        _grader(rollout, rollout.reward, rollout.group_reward),
+        grader_of(rollout, rollout.reward, rollout.group_reward),
         rollout.sampling,
         rollout.n_samples_per_prompt,
         hooks.sampling,
@@ -169,14 +169,15 @@ def eval_dataset(
         [config.data],
         rollout,
         config.generate,
-        _grader(rollout, config.reward or rollout.reward, group),
+        grader_of(rollout, config.reward or rollout.reward, group),
         config.sampling,
         config.n_samples_per_prompt,
         "",
     )
 
 
-def _grader(rollout: RolloutConfig, path: str, group: bool) -> Grader:
+def grader_of(rollout: RolloutConfig, path: str, group: bool) -> Grader:
+    """The grader at ``path`` with the limits that the settings give it."""
     return Grader(
         path,
         rollout.reward_timeout_s,

@@ -1,0 +1,102 @@
+"""Runs made from a run, by the command line: replayed, scored again, forked, and asked about."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rollflow.storage import open_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+WITHOUT_SGLANG = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("sglang", "sglang_router", "sgl_kernel"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.fixture
+def stored(derive_folder):
+    folder, _ = derive_folder
+    return lambda name: open_run(str(folder / f".rollflow/store/runs/{name}"))
+
+
+def test_a_replay_of_the_whole_run_gives_every_step_and_checkpoint_bit_for_bit(
+    derive_folder, stored
+):
+    _, rollflow = derive_folder
+    rollflow("replay", "source", "--into", "replayed")
+    source, replayed = stored("source"), stored("replayed")
+    digests = [[c.weights_digest for c in run.checkpoints()] for run in (source, replayed)]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 2
+    steps = [[s.ref.weights_digest for s in run.steps()] for run in (source, replayed)]
+    assert steps[0] == steps[1]
+    assert "0 findings" in rollflow("audit", "replayed")
+    assert "finished already" in rollflow("replay", "source", "--into", "replayed")
+
+
+def test_another_algorithm_learns_from_stored_batches_where_sglang_is_not_installed(
+    derive_folder, stored
+):
+    folder, rollflow = derive_folder
+    (folder / "absent").mkdir()
+    (folder / "absent/sitecustomize.py").write_text(WITHOUT_SGLANG)
+    path = str(folder / "absent")
+    probe = [sys.executable, "-c", "import sglang"]
+    assert subprocess.run(probe, env={"PYTHONPATH": path}, capture_output=True).returncode
+    changes = ("--set", "algorithm.advantage=group_mean", "--set", "algorithm.reduction=sequence")
+    shown = rollflow("replay", "source", "--into", "other", *changes, PYTHONPATH=path)
+    assert "algorithm.advantage" in shown
+    source, other = stored("source"), stored("other")
+    assert [s.ref.batch_digest for s in other.steps()] == [
+        s.ref.batch_digest for s in source.steps()
+    ]
+    assert other.steps()[0].ref.weights_digest != source.steps()[0].ref.weights_digest
+
+
+def test_the_same_grader_gives_every_reward_again_and_another_stands_beside_it(
+    derive_folder, stored
+):
+    _, rollflow = derive_folder
+    rollflow("rescore", "source", "--reward", "my_reward:first_digit", "--into", "same")
+    rollflow("rescore", "source", "--reward", "my_reward:longest", "--into", "longer")
+    assert "0 with another reward" in rollflow("rollouts", "diff", "source", "same")
+    rows = stored("longer").samples().to_pylist()
+    before = stored("source").samples().to_pylist()
+    assert [r["previous_reward"] for r in rows] == [r["reward"] for r in before]
+    assert {r["reward"] for r in rows if r["status"] == "truncated"} == {4.0}
+    assert all(r["previous_grader"].startswith("my_reward:first_digit@") for r in rows)
+    assert all(r["grader"].startswith("my_reward:longest@") for r in rows)
+    assert "0 findings" in rollflow("audit", "longer")
+
+
+def test_a_fork_goes_on_from_a_checkpoint_by_other_settings(derive_folder, stored):
+    _, rollflow = derive_folder
+    rollflow("fork", "source", "--step", "0", "--into", "forked", "--lr", "1e-4")
+    forked = stored("forked")
+    assert [(s.ref.step, s.ref.metrics["train/lr"]) for s in forked.steps()] == [(1, 1e-4)]
+    assert "0 findings" in rollflow("audit", "forked")
+    assert rollflow("lineage", "forked", "step-000001", "--ids").count("\n") == 32
+
+
+def test_what_a_checkpoint_and_a_sample_came_from_is_told(derive_folder, stored):
+    _, rollflow = derive_folder
+    assert rollflow("lineage", "source", "step-000001", "--ids").count("\n") == 32
+    sample = stored("source").samples(1).to_pylist()[0]
+    told = rollflow("lineage", "source", f"{sample['group_id']}#{sample['index']}")
+    for fact in (str(sample["seed"]), sample["grader"], "1 x", "step 1 of source", "gradient norm"):
+        assert fact in told
+
+
+def test_samples_are_generated_without_a_trainer(derive_folder, stored):
+    _, rollflow = derive_folder
+    words = ("--name", "only", "--steps", "1", "--weights-of", "source")
+    rollflow("rollout", "run.toml", *words)
+    assert stored("only").samples().num_rows == 16
+    assert stored("only").steps() == []
+    assert "0 findings" in rollflow("audit", "only")
