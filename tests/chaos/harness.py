@@ -82,8 +82,6 @@ every = 2
 hf = false
 [megatron]
 lr = 1e-3
-[cluster]
-lease_s = 20
 """
 """The entropy term moves the weights at every step, whatever the rewards are."""
 

@@ -33,21 +33,24 @@ def run_sessions(
     kills: int,
     per_session: int,
     parallel: int = 1,
+    first: int = 0,
     told: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
+
+    ``first`` is the number in the schedule of the first of them.
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
     ``told`` hears of all rows so far whenever a session has ended.
     """
     steps = 1 + 2 * per_session
-    schedule = plan(seed, kills)
+    schedule = plan(seed, first + kills)
     groups = [
         [
-            Kill(k.seed + first + i, k.process, k.phase, 1 + 2 * i, k.delay_s)
-            for i, k in enumerate(schedule[first : first + per_session])
+            Kill(k.seed + number + i, k.process, k.phase, 1 + 2 * i, k.delay_s)
+            for i, k in enumerate(schedule[number : number + per_session])
         ]
-        for first in range(0, kills, per_session)
+        for number in range(first, first + kills, per_session)
     ]
 
     with ThreadPoolExecutor(parallel) as pool:
@@ -135,6 +138,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=72)
     parser.add_argument("--per-session", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="start at this kill of the schedule")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep logs and stores here")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
@@ -148,6 +152,7 @@ def main() -> int:
         options.kills,
         options.per_session,
         options.parallel,
+        options.first,
         lambda so_far: write_results(options.output, so_far),
     )
     write_results(options.output, rows)
