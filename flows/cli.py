@@ -131,11 +131,12 @@ def audit(run: str, store: StoreUrl = DEFAULT_STORE, recompute: bool = False) ->
     run: name of the run.
     recompute: also train every stored batch again and compare all weights, bit for bit.
     """
+    if recompute:
+        server.use_server()  # before Prefect is imported, which reads its settings then
     from .audit import audit_stored, recompute_stored
 
     findings = audit_stored(store, run, console)
     if recompute:
-        server.use_server()
         findings += asyncio.run(recompute_stored(store, run, console))
     if findings:
         sys.exit(1)
