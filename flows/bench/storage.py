@@ -35,12 +35,14 @@ S3_STORE = "ROLLFLOW_BENCH_STORE"
 MEAN = "SELECT step, avg(reward) FROM samples GROUP BY 1 ORDER BY 1"
 
 _QUERIES = """
-import json, resource, statistics, sys, time
+import json, statistics, sys, time
+from pathlib import Path
 from rollflow.storage import open_run
 from rollflow.storage.inspect import find_sample
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 def median_s(call):
     seconds = []
