@@ -10,7 +10,7 @@ from cyclopts import App
 from rich.console import Console
 from rich.text import Text
 
-from . import cli_derive, cli_look, server
+from . import cli_buffer, cli_derive, cli_hooks, cli_look, server
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
 app = App(
@@ -18,6 +18,8 @@ app = App(
 )
 cli_look.register(app)
 cli_derive.register(app)
+app.command(cli_hooks.app)
+app.command(cli_buffer.app)
 
 
 def main() -> None:

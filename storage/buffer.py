@@ -9,12 +9,16 @@ what was issued since.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .ledger import Issue
+from .ledger import Issue, read_issue
+from .manifests import batch_folder, batch_steps, find_batch, read_manifest
+from .objects import Store
 from .order import draw_from
 from .prompts import PromptSet
+from .refs import RunRef
 from .samples import Prompt
 
 
@@ -231,3 +235,17 @@ def _checked(weights: Mapping[str, float], known: Mapping[str, Source]) -> dict[
     if not sum(weights.values()):
         raise ValueError(f"all weights of the sources {sorted(known)} are 0; give one a share")
     return {name: weights.get(name, 0.0) for name in known}
+
+
+def stored_state(store: Store, run: RunRef) -> BufferState:
+    """The buffer's state by the log: what the newest manifest keeps, and what was issued since."""
+    state = BufferState()
+    issues: list[Issue] = []
+    for step in reversed(batch_steps(store, run)):
+        if find_batch(store, run, step) is not None:
+            manifest = read_manifest(store, batch_folder(run, step))
+            state = BufferState.from_json(manifest["ledger"].get("buffer", {}))
+            break
+        with suppress(FileNotFoundError):
+            issues.append(read_issue(store, run, step))
+    return state.after(issues)

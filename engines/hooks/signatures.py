@@ -74,3 +74,20 @@ SIGNATURES: dict[str, Signature] = {
     ),
     "loss": Signature(("inputs",), "def loss(inputs: LossInputs) -> Tensor  (one per token)"),
 }
+
+SETTINGS: dict[str, str] = {
+    "reward": "rollout.reward, evals.reward",
+    "group_reward": "rollout.reward with rollout.group_reward = true",
+    "generate": "rollout.generate, evals.generate",
+    "dynamic_filter": "hooks.dynamic_filter",
+    "sample_filter": "hooks.sample_filter",
+    "sampling": "hooks.sampling",
+    "priority": "rollout.buffer.priority",
+    "buffer_filter": "hooks.buffer_filter",
+    "curriculum": "hooks.curriculum",
+    "batch_samples": "hooks.batch_samples",
+    "eval_samples": "hooks.eval_samples",
+    "advantage": "algorithm.advantage",
+    "loss": "algorithm.loss",
+}
+"""Where each kind is named."""

@@ -16,6 +16,7 @@ import ray
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import HookKind, load_hook, set_arguments
 from rollflow.engines.platform import Device
+from rollflow.storage.buffer import stored_state
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.objects import Store
@@ -29,7 +30,7 @@ from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
 from .filters import load_dynamic_filter
 from .fleet import Fleet
-from .producer import Producer, Production, make_buffer, restored_state
+from .producer import Producer, Production, make_buffer
 from .tally import pass_metrics
 from .trained_on import load_trained_on
 
@@ -264,7 +265,7 @@ class RolloutManager:
 
     def _open_production(self) -> Production:
         rollout, hooks = self._rollout, self._hooks
-        buffer = make_buffer(self._training, rollout, hooks, restored_state(self._store, self._run))
+        buffer = make_buffer(self._training, rollout, hooks, stored_state(self._store, self._run))
         return Production(
             run=self._run,
             store=self._store,

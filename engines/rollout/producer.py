@@ -11,11 +11,9 @@ from rollflow.storage.ledger import Issue, IssuedGroup, durable_groups, issue, r
 from rollflow.storage.manifests import (
     LeftOut,
     batch_folder,
-    batch_steps,
     commit_batch,
     find_batch,
     read_left_out,
-    read_manifest,
 )
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef
@@ -272,24 +270,6 @@ def make_buffer(
         curriculum=load_hook(hooks.curriculum, "curriculum") if hooks.curriculum else None,
         state=state,
     )
-
-
-def restored_state(store: Store, run: RunRef) -> BufferState:
-    """The buffer's state after what the log holds: the newest manifest's, and what was issued since."""
-    state, since = BufferState(), []
-    for step in reversed(batch_steps(store, run)):
-        if find_batch(store, run, step) is not None:
-            manifest = read_manifest(store, batch_folder(run, step))
-            state = BufferState.from_json(manifest["ledger"].get("buffer", {}))
-            break
-        since.append(step)
-    issues: list[Issue] = []
-    for step in since:
-        try:
-            issues.append(read_issue(store, run, step))
-        except FileNotFoundError:
-            continue
-    return state.after(issues)
 
 
 def _as_begun(group: IssuedGroup, draw: Draw, samples: Sequence[Sample]) -> IssuedGroup:

@@ -42,13 +42,14 @@ class RewardPool:
         self._setup = {"path": path, "sys_path": list(sys.path), "memory_bytes": memory_bytes}
         self._places = asyncio.Semaphore(places)
         self._all = asyncio.Semaphore(places * SPARE)
-        self._hanging_limit = places * SPARE
+        self._hanging_limit = max(2, places)
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._ended: list[_Worker] = []
         """Killed, perhaps not gone yet."""
         self._hung = 0
         """Calls in a row that were over their deadline."""
+        self._try_again = 0.0
 
     async def start(self, processes: int = 1) -> None:
         """Have processes ready; GradeError where the function cannot be loaded in one."""
@@ -65,8 +66,7 @@ class RewardPool:
         held = await self._place()
         worker: _Worker | None = None
         try:
-            if self._hung >= self._hanging_limit:
-                self._hung -= 1  # the one after tries again
+            if self._hung >= self._hanging_limit and time.monotonic() < self._try_again:
                 raise GradeTimeoutError(
                     f"not called: {self._hanging_limit} calls in a row took over {timeout_s:g} s"
                 )
@@ -81,6 +81,7 @@ class RewardPool:
             )
         except TimeoutError:
             self._hung += 1
+            self._try_again = time.monotonic() + timeout_s
             raise GradeTimeoutError(f"no reward within {timeout_s:g} s") from None
         else:
             self._hung = 0
