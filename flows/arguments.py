@@ -13,8 +13,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -83,7 +82,7 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--{key}: {table} is not a table")  # noqa: TRY004
-        place[last] = _literal(value)
+        place[last] = value if _is_text([*tables, last], value) else _literal(value)
     return result
 
 
@@ -97,24 +96,41 @@ def _resolve(key: str) -> list[str]:
     if "." in key:
         return [part.replace("-", "_") for part in key.split(".")]
     name = key.replace("-", "_")
-    if name in RunConfig.model_fields:
-        return [name]
     if name in SLIME_NAMES:
         return SLIME_NAMES[name].split(".")
-    for table, info in RunConfig.model_fields.items():
-        if table != "megatron" and name.startswith(f"{table}_"):
-            field = name.removeprefix(f"{table}_")
-            if table in PASSED_THROUGH or field in _fields_of(info.annotation):
-                return [table, field]
-    return ["megatron", name]
+    return _path_of(name, [RunConfig], is_top=True) or ["megatron", name]
 
 
-def _fields_of(annotation: Any) -> set[str]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return set(annotation.model_fields)
-    if get_origin(annotation) in (Union, UnionType):
-        return set().union(*(_fields_of(a) for a in get_args(annotation)))
-    return set()
+def _path_of(name: str, models: Sequence[type[BaseModel]], *, is_top: bool = False) -> list[str]:
+    """The tables and the field that ``name`` joins with underscores; empty where there are none.
+
+    A field that is nearly one of a table's is taken for it, so that the error names the table.
+    """
+    fields = {f: info for model in models for f, info in model.model_fields.items()}
+    if name in fields:
+        return [name]
+    for table, info in fields.items():
+        rest = name.removeprefix(f"{table}_")
+        if rest == name or (is_top and table == "megatron"):
+            continue
+        below = _models_in(info.annotation)
+        if is_top and table in PASSED_THROUGH:
+            return [table, rest]
+        if path := _path_of(rest, below):
+            return [table, *path]
+        if difflib.get_close_matches(rest, [f for m in below for f in m.model_fields], n=1):
+            return [table, rest]
+    return []
+
+
+def _is_text(path: Sequence[str], value: str) -> bool:
+    """Whether a word is text as it stands, e.g. ``2026`` for ``name``; not where it is quoted."""
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in path[:-1]:
+        below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [m for annotation in below for m in _models_in(annotation)]
+    found = [m.model_fields[path[-1]].annotation for m in models if path[-1] in m.model_fields]
+    return bool(found) and all(a is str for a in found) and not value.startswith(("'", '"'))
 
 
 def _literal(text: str) -> Any:
@@ -139,6 +155,8 @@ def _explain(error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not place or error["type"] == "missing" or CREDENTIALS in message:  # show no secret
         return f"{place}: {message}".removeprefix(": ")
+    if place.startswith("store.options"):  # may hold a secret
+        return f"{place}: {message}"
     return f"{place} = {error['input']!r}: {message}"
 
 

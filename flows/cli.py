@@ -14,7 +14,9 @@ from . import cli_buffer, cli_derive, cli_hooks, cli_look, server
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
 app = App(
-    name="rollflow", help="Reinforcement-learning post-training of language models as a workflow."
+    name="rollflow",
+    help="Reinforcement-learning post-training of language models as a workflow.",
+    suppress_keyboard_interrupt=False,  # main() tells how to go on
 )
 cli_look.register(app)
 cli_derive.register(app)

@@ -22,7 +22,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 HOME = Path(".rollflow/prefect")
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
+TELL_AFTER_S = 5.0
 STOP_TIMEOUT_S = 15.0
 KEEP_EVERY_S = 1.0
 STARTS = 3
@@ -110,17 +111,31 @@ def _ensure() -> LocalServer:
             server = running() or _start(_first_port() if attempt == 0 else _any_port())
             if _comes_up(server):
                 return server
-            stop()
     tail = "\n".join(_log().read_text(errors="replace").splitlines()[-20:])
-    raise RuntimeError(f"the Prefect server did not come up, {STARTS} times:\n{tail}")
+    raise RuntimeError(f"the Prefect server ended {STARTS} times before it answered:\n{tail}")
 
 
 def _comes_up(server: LocalServer) -> bool:
-    """Wait until it answers; False when it died, for one because its port was taken meanwhile."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while server.alive() and time.monotonic() < deadline:
+    """Wait until it answers; False when it died, for one because its port was taken meanwhile.
+
+    Raises:
+        RuntimeError: it lives and does not answer in time.
+    """
+    begun = time.monotonic()
+    told = False
+    while server.alive():
         if _healthy(server):
             return server.alive()
+        waited = time.monotonic() - begun
+        if waited > START_TIMEOUT_S:
+            raise RuntimeError(
+                f"waited {waited:.0f} s for the Prefect server (pid {server.pid}) at {server.url}: it "
+                f"runs but does not answer; see {_log()}. It is left to start: try again, or end it by "
+                "`rollflow down`"
+            )
+        if waited > TELL_AFTER_S and not told:
+            print(f"starting the Prefect server at {server.url}", file=sys.stderr)
+            told = True
         time.sleep(0.2)
     return False
 

@@ -114,8 +114,8 @@ def _find(path: str, kind: str) -> Any:
 def _import(path: str, kind: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except (ImportError, SyntaxError, TypeError) as error:
-        raise _refusal(path, kind, f"cannot be imported: {error}") from error
+    except Exception as error:  # the module is the user's: it may raise anything
+        raise _refusal(path, kind, f"cannot be imported: {error!r}") from error
 
 
 def _refusal(path: str, kind: str, what: str) -> ValueError:

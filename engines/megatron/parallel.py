@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+import socket
 
 import numpy as np
 import torch
@@ -20,8 +21,14 @@ TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
 def open_store(host: str) -> TCPStore:
-    """Rank 0's meeting point, on a free port of ``host`` that stays taken from here on."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """Rank 0's meeting point, on a free port of ``host`` alone, taken from here on.
+
+    Left to itself the store would listen on every interface.
+    """
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()  # the store's from here on
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:

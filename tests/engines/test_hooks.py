@@ -130,7 +130,7 @@ def test_a_module_that_cannot_be_read_is_refused_with_its_error(module):
 
 def test_an_error_inside_the_users_module_is_not_hidden(module):
     module("hooks_e", "raise RuntimeError('no licence file')")
-    with pytest.raises(RuntimeError, match="no licence file"):
+    with pytest.raises(ValueError, match="no licence file"):
         load_hook("hooks_e:reward", "reward")
 
 

@@ -25,6 +25,7 @@ BASE = {
         (["--router-policy", "round_robin"], ("router", "policy"), "round_robin"),
         (["--tensor-model-parallel-size", "2"], ("megatron", "tensor_model_parallel_size"), 2),
         (["--lr", "1e-4"], ("megatron", "lr"), 1e-4),
+        (["--algorithm-eps-clip-high", "0.3"], ("algorithm", "eps_clip_high"), 0.3),
         (["--sequence-parallel"], ("megatron", "sequence_parallel"), True),
         (["--data.path", "s3://b/x.jsonl@[0:5]"], ("data", "path"), "s3://b/x.jsonl@[0:5]"),
     ],
@@ -34,6 +35,22 @@ def test_a_word_on_the_command_line_means_the_same_as_a_key_in_the_file(words, p
     by_words = build_config(overlay(BASE, words))
     by_file = build_config({**BASE, table: {**BASE.get(table, {}), key: value}})
     assert by_words == by_file
+
+
+def test_a_dashed_word_reaches_into_the_tables_of_a_table():
+    config = build_config(overlay(BASE, ["--rollout-sampling-max-new-tokens", "7"]))
+    assert config.rollout.sampling.max_new_tokens == 7
+
+
+@pytest.mark.parametrize(("word", "name"), [("2026", "2026"), ("'a-b'", "a-b"), ("run.1", "run.1")])
+def test_a_name_that_looks_like_a_number_is_a_name(word, name):
+    assert build_config(overlay(BASE, ["--name", word])).name == name
+
+
+def test_values_of_the_stores_options_are_not_shown():
+    with pytest.raises(ValueError, match="store.options") as caught:  # noqa: RUF043
+        build_config(overlay(BASE, ["--store-options", "hunter2"]))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
@@ -48,6 +65,7 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
             ["--rollout.bach_size", "3"],
             "rollout.bach_size is not a setting; did you mean 'batch_size'?",
         ),
+        (["--rollout-batchsize", "3"], "did you mean 'batch_size'?"),
         (["--algorithm.eps_clp", "1"], "did you mean 'eps_clip'?"),
         (["--algorithm.name", "grop"], "'grpo', 'dr_grpo'"),
         (["--tensor-modl-parallel-size", "2"], "did you mean megatron.tensor_model_parallel_size?"),
