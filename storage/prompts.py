@@ -158,6 +158,8 @@ def _sliced_rows(store: Store, path: str) -> tuple[str, Iterator[Row]]:
         stop = int(match["stop"]) if match["stop"] else None
     source = normalised_url(path)
     rows = _read_rows(store, source)
+    if not rows:
+        raise ValueError(f"path {path!r} has no rows")
     stop = len(rows) if stop is None else stop
     if not 0 <= start < stop <= len(rows):
         raise ValueError(

@@ -75,8 +75,10 @@ async def preflight(config: RunSettings, origin: Origin | None = None) -> RunPla
         check_template(f"evals {dataset.name}", dataset.data, config.model.path, eval_prompts)
     _check_enough("data", config.data, len(prompts.prompts), config.rollout.batch_size)
     if prompts.skipped:
+        first = prompts.skipped[0]
         print(
-            f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped: {prompts.skipped[0]}"
+            f"{len(prompts.skipped)} malformed rows of {config.data.path} are skipped, "
+            f"the first at {first.where}: {first.reason}"
         )
     return find_plan(config, open_or_create(config, origin))
 
