@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity recipes trl mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity recipes trl check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,6 +41,9 @@ recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through t
 	@ROLLFLOW_RECIPES=all $(BIN)/pytest tests/flows/test_algorithm_recipes.py
 
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
+	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
+
+$(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
 
 mutants: $(INSTALLED)   ## Break the algorithms in many ways; the tests must notice each
