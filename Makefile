@@ -43,12 +43,6 @@ recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through t
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
 
-$(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
-	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
-
-mutants: $(INSTALLED)   ## Break the algorithms in many ways; the tests must notice each
-	@$(BIN)/python -m tests.engines.algorithms.mutate
-
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL) -r requirements-trl.lock; \
 	touch $@
