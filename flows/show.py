@@ -49,7 +49,7 @@ def print_batches(url: str, run: str, newest: int, console: Console) -> None:
     table = Table("step", "samples", "groups", *names, "digest", box=None)
     for row in batch_rows(store, open_run(store, run), newest=newest):
         if not row["committed"]:
-            table.add_row(str(row["step"]), "being written")
+            table.add_row(str(row["step"]), "removed" if "removed" in row else "being written")
             continue
         numbers = [f"{row['metrics'].get(name, float('nan')):.3f}" for name in BATCH_METRICS]
         table.add_row(

@@ -12,6 +12,7 @@ from .objects import Store
 from .origins import batch_home
 from .query import reader
 from .refs import BatchRef, RunRef
+from .retention import removed_digest
 from .runs import list_runs
 from .samples import Sample
 from .schema import SCHEMA, from_table
@@ -49,11 +50,16 @@ def batch_rows(
     """Give one row a batch of the run (or of its evaluation on ``dataset``), in order of step.
 
     Columns: step, committed, rows, groups, digest, metrics, url; only the ``newest`` so many. A
-    folder without a manifest is shown with ``committed`` False and nothing else.
+    folder without a manifest is shown with ``committed`` False and nothing else but ``removed``,
+    where ``gc`` took it.
     """
     run = batch_home(store, run)
     steps = batch_steps(store, run, dataset)
-    return [_batch_row(s, find_batch(store, run, s, dataset)) for s in steps[-(newest or 0) :]]
+    rows = [_batch_row(s, find_batch(store, run, s, dataset)) for s in steps[-(newest or 0) :]]
+    for row in rows:
+        if not row["committed"] and dataset is None and removed_digest(store, run, row["step"]):
+            row["removed"] = True
+    return rows
 
 
 def batch_samples(

@@ -12,6 +12,7 @@ from rollflow.storage.checkpoints import (
     newest_valid_checkpoint,
     store_files,
 )
+from rollflow.storage.inspect import batch_rows
 from rollflow.storage.lease import LeaseLostError, acquire
 from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
 from rollflow.storage.refs import RunRef
@@ -88,6 +89,7 @@ def test_an_audit_tells_what_was_removed_from_what_was_lost(store, old):
     report = audit_run(store, old)
     assert report.findings == []
     assert report.counts["batches removed"] == 5
+    assert batch_rows(store, old, newest=3)[1] == {"step": 4, "committed": False, "removed": True}
     store.delete(f"{batch_folder(old, 2)}/removed.json")
     [finding] = audit_run(store, old).findings
     assert finding.name == f"{batch_folder(old, 2)}/manifest.json"
