@@ -90,10 +90,14 @@ def replay_origin(store: StoreConfig, source: str, first: int) -> Origin:
 
 
 def differences(config: RunSettings, source: str) -> dict[str, str]:
-    """The settings that decide what a step computes and are not the source's, as ``old -> new``."""
+    """The settings that decide what a step computes and are not the source's, as ``old -> new``.
+
+    One that the source's version of rollflow did not know has its default, which changes nothing.
+    """
     record = read_run(Store(config.store), source)
     found = config_differences(record.config, identity(config))
     rescored = record.origin is not None and record.origin.kind == "rescore"
+    found = {key: change for key, change in found.items() if not change.startswith("unset -> ")}
     changed = {key: change for key, change in found.items() if key != "name"}
     return changed | ({"rewards": "scored again"} if rescored else {})
 

@@ -91,12 +91,3 @@ def test_what_a_checkpoint_and_a_sample_came_from_is_told(derive_folder, stored)
     told = rollflow("lineage", "source", f"{sample['group_id']}#{sample['index']}")
     for fact in (str(sample["seed"]), sample["grader"], "1 x", "step 1 of source", "gradient norm"):
         assert fact in told
-
-
-def test_samples_are_generated_without_a_trainer(derive_folder, stored):
-    _, rollflow = derive_folder
-    words = ("--name", "only", "--steps", "1", "--weights-of", "source")
-    rollflow("rollout", "run.toml", *words)
-    assert stored("only").samples().num_rows == 16
-    assert stored("only").steps() == []
-    assert "0 findings" in rollflow("audit", "only")
