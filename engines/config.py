@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -44,9 +45,25 @@ class ClusterConfig(Config):
     """Seconds after which a run whose flow is silent may be taken over by another flow."""
 
 
-@cache
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting as its source declares it, e.g. ``Setting("lr", "Optional[float]", "None", "...")``."""
+
+    name: str
+    type: str
+    default: str
+    """As written; empty where it has to be given."""
+    help: str
+
+
 def dataclass_fields(package: str, file: str, *classes: str) -> frozenset[str]:
-    """Annotated field names of ``classes`` in ``file`` of an installed package, unread by Python.
+    """Field names of ``classes`` in ``file`` of an installed package; see :func:`dataclass_settings`."""
+    return frozenset(dataclass_settings(package, file, *classes))
+
+
+@cache
+def dataclass_settings(package: str, file: str, *classes: str) -> dict[str, Setting]:
+    """Annotated fields of ``classes`` in ``file`` of an installed package, unread by Python.
 
     Empty when the package is not installed.
     """
@@ -54,17 +71,33 @@ def dataclass_fields(package: str, file: str, *classes: str) -> frozenset[str]:
     roots = list(spec.submodule_search_locations or []) if spec else []
     source = next((p for r in roots if (p := Path(r) / file).is_file()), None)
     if source is None:
-        return frozenset()
-    found = (
-        node
-        for node in ast.parse(source.read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name in classes
-    )
-    return frozenset(
-        statement.target.id
-        for node in found
-        for statement in node.body
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        return {}
+    found: dict[str, Setting] = {}
+    for node in ast.parse(source.read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    found[statement.target.id] = _setting(statement.target.id, statement, after)
+    return found
+
+
+def _setting(name: str, statement: ast.AnnAssign, after: ast.stmt | None) -> Setting:
+    """The help is the string below the field, or the one in ``Annotated`` (SGLang calls it ``A``)."""
+    kind, text = statement.annotation, after.value if isinstance(after, ast.Expr) else None
+    if (
+        isinstance(kind, ast.Subscript)
+        and isinstance(kind.slice, ast.Tuple)
+        and ast.unparse(kind.value) in ("A", "Annotated")
+    ):
+        kind, text, *_ = kind.slice.elts
+    if isinstance(text, ast.Call):
+        text = next((k.value for k in text.keywords if k.arg == "help"), None)
+    words = text.value if isinstance(text, ast.Constant) else ""
+    return Setting(
+        name,
+        ast.unparse(kind),
+        ast.unparse(statement.value) if statement.value else "",
+        " ".join(str(words).split()),
     )
 
 

@@ -76,13 +76,13 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         key, given, value = word[2:].partition("=")
         if not given:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        *tables, last = _resolve(key)
+        *tables, last = place_of(key)
         place = result
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--{key}: {table} is not a table")  # noqa: TRY004
-        place[last] = value if _is_text([*tables, last], value) else _literal(value)
+        place[last] = value if _is_text([*tables, last], value) else literal(value)
     return result
 
 
@@ -91,7 +91,7 @@ def recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
 
 
-def _resolve(key: str) -> list[str]:
+def place_of(key: str) -> list[str]:
     """``rollout-batch-size`` -> ``["rollout", "batch_size"]``; bare unknown names are Megatron's."""
     if "." in key:
         return [part.replace("-", "_") for part in key.split(".")]
@@ -113,7 +113,7 @@ def _path_of(name: str, models: Sequence[type[BaseModel]], *, is_top: bool = Fal
         rest = name.removeprefix(f"{table}_")
         if rest == name or (is_top and table == "megatron"):
             continue
-        below = _models_in(info.annotation)
+        below = models_in(info.annotation)
         if is_top and table in PASSED_THROUGH:
             return [table, rest]
         if path := _path_of(rest, below):
@@ -128,12 +128,13 @@ def _is_text(path: Sequence[str], value: str) -> bool:
     models: list[type[BaseModel]] = [RunConfig]
     for part in path[:-1]:
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [m for annotation in below for m in _models_in(annotation)]
+        models = [m for annotation in below for m in models_in(annotation)]
     found = [m.model_fields[path[-1]].annotation for m in models if path[-1] in m.model_fields]
     return bool(found) and all(a is str for a in found) and not value.startswith(("'", '"'))
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """A value as TOML reads it; anything else is text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -167,7 +168,7 @@ def _siblings(location: tuple[Any, ...]) -> set[str]:
         if isinstance(part, int):
             continue
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [m for a in below for m in _models_in(a)] or [
+        models = [m for a in below for m in models_in(a)] or [
             m
             for m in models
             if m.model_fields.get("name") and m.model_fields["name"].default == part
@@ -175,7 +176,8 @@ def _siblings(location: tuple[Any, ...]) -> set[str]:
     return {name for m in models for name in m.model_fields}
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for a in get_args(annotation) for m in _models_in(a)]
+    return [m for a in get_args(annotation) for m in models_in(a)]

@@ -10,7 +10,7 @@ from cyclopts import App
 from rich.console import Console
 from rich.text import Text
 
-from . import cli_buffer, cli_derive, cli_hooks, cli_look, server
+from . import cli_buffer, cli_config, cli_convert, cli_derive, cli_hooks, cli_look, server
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
 app = App(
@@ -22,6 +22,8 @@ cli_look.register(app)
 cli_derive.register(app)
 app.command(cli_hooks.app)
 app.command(cli_buffer.app)
+app.command(cli_convert.convert)
+app.command(cli_config.config)
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
 
     Parameters
     ----------
-    only: parts to measure, all unless given: iteration, recovery.
+    only: parts to measure, all unless given: iteration, recovery, storage, training, conversion.
     output: JSON file for the figures.
     """
     server.use_server()

@@ -53,7 +53,8 @@ async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
                 last = good_enough or step + 1 == config.steps
                 if last or config.checkpoint.due(step + 1):
                     await progress.time(
-                        "checkpoint", save_checkpoint(engines, config.checkpoint, step)
+                        "checkpoint",
+                        save_checkpoint(engines, config.checkpoint, config.store, step),
                     )
                 if last:
                     break

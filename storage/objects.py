@@ -175,6 +175,10 @@ class Store:
 
         return self._call("read", path, read)
 
+    def fingerprint(self, path: str) -> str:
+        """Give a value that changes when the object is written anew, without reading it."""
+        return self._call("look up", path, lambda p: str(self._fs.ukey(p)))
+
     def exists(self, path: str) -> bool:
         """Tell whether there is an object (or a folder with one) of that name."""
         return self._call("look up", path, self._fs.exists)

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rollflow.engines import cluster
 from rollflow.engines.megatron.config import CheckpointConfig
-from rollflow.storage.checkpoints import fetch_checkpoint, list_checkpoints
+from rollflow.storage.checkpoints import delete_checkpoint, fetch_checkpoint, list_checkpoints
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
@@ -18,10 +18,25 @@ from .engines import Engines
 
 
 @task(name="save checkpoint", cache_policy=NO_CACHE)
-async def save_checkpoint(engines: Engines, config: CheckpointConfig, step: int) -> CheckpointRef:
-    """Write torch_dist shards, Hugging Face weights where asked for, and last the manifest."""
+async def save_checkpoint(
+    engines: Engines, config: CheckpointConfig, store: StoreConfig, step: int
+) -> CheckpointRef:
+    """Write torch_dist shards, Hugging Face weights where asked for, and last the manifest.
+
+    Checkpoints that are not to stay any longer are deleted then.
+    """
     refs = await cluster.call(engines.ranks, "save", step, config.hf, timeout_s=engines.timeout_s)
+    await asyncio.to_thread(delete_expired, Store(store), config, refs[0].run)
     return refs[0]
+
+
+def delete_expired(store: Store, config: CheckpointConfig, run: RunRef) -> list[int]:
+    """Delete what ``keep_last`` and ``keep_every`` do not keep; the steps whose checkpoints went."""
+    standing = {ref.step: ref for ref in list_checkpoints(store, run)}
+    expired = config.expired(list(standing))
+    for step in expired:
+        delete_checkpoint(store, standing[step])
+    return expired
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 
 from .critic import Critic
-from .export import save_hugging_face
+from .export import copy_small_files, save_hugging_face
 from .learner import Learner
 from .model import Model, unwrapped
 from .optimizer_state import optimizer_state, restore_optimizer
@@ -45,6 +45,8 @@ T = TypeVar("T")
 
 TORCH_DIST = "torch_dist"
 HUGGING_FACE = "hf"
+ORIGIN = "huggingface"
+"""Configuration and tokenizer alone."""
 
 
 def save_checkpoint(
@@ -54,11 +56,13 @@ def save_checkpoint(
     step: int,
     weights_digest: str,
     *,
-    hf_source: str | None = None,
+    model_path: str,
+    hf: bool,
 ) -> CheckpointRef:
     """Save what training after ``step`` goes on from. Every rank calls it; all get the same ref.
 
-    ``hf_source`` is the model's own folder; with it, a Hugging Face folder is written too. A
+    Configuration and tokenizer of ``model_path`` are kept beside the checkpoint, so that it can be
+    converted without anything else; with ``hf`` the weights too, as a Hugging Face folder. A
     checkpoint that is committed already is left as it is.
     """
     standing = _from_rank_0(lambda: prepare_checkpoint(store, run, step))
@@ -75,15 +79,17 @@ def save_checkpoint(
                 str(staging / TORCH_DIST),
                 sharded_strategy=_SaveHere("torch_dist", 1, thread_count=1),
             )
-        if hf_source is not None:
-            hf = staging / HUGGING_FACE
-            save_hugging_face(learner.model, hf_source, hf, write=dist.get_rank() == 0)
+        write = dist.get_rank() == 0
+        if hf:
+            save_hugging_face(learner.model, model_path, staging / HUGGING_FACE, write=write)
+        elif write:
+            copy_small_files(Path(model_path), staging / ORIGIN)
         folder = checkpoint_folder(run, step)
         stored = store_files(store, folder, staging, _own_files(staging))
         everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, stored)
     files = [file for files in everyone for file in files]
-    details = {"world_size": dist.get_world_size(), "hf": hf_source is not None}
+    details = {"world_size": dist.get_world_size(), "hf": hf}
     return _from_rank_0(lambda: commit_checkpoint(store, run, step, weights_digest, files, details))
 
 

@@ -1,11 +1,11 @@
 """Settings of the Megatron trainer that are ours; Megatron's own go into the ``[megatron]`` table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from rollflow.engines.config import check_names, dataclass_fields
+from rollflow.engines.config import Setting, check_names, dataclass_settings
 from rollflow.storage.config import Config
 
 
@@ -23,6 +23,12 @@ class TrainerConfig(Config):
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_decay_steps: int = Field(default=0, ge=0)
     """Optimizer updates until the learning rate reaches ``min_lr``; 0: with the last step."""
+    load: str = ""
+    """Weights that the run starts from in place of ``model.path``'s: a torch_dist checkpoint of any
+    layout, one in Megatron's ``torch`` format, or a Hugging Face folder; any fsspec URL."""
+    ref_load: str = ""
+    """Weights of the reference policy, of the same kinds; empty: ``model.path``'s. Where ``load`` is
+    empty the run starts from them too."""
     seed: int = 1234
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Deadline of one train step, checkpoint or weight push."""
@@ -31,12 +37,23 @@ class TrainerConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written."""
+    """When checkpoints are written, and which of them stay."""
 
     every: int = Field(default=0, ge=0)
     """Save each so many steps, and after the last; 0: only after the last."""
     hf: bool = True
     """Also write Hugging Face safetensors beside the torch_dist checkpoint."""
+    keep_last: int = Field(default=0, ge=0)
+    """Newest checkpoints that stay; 0: all of them. An older one is deleted once a newer stands."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints after each so many steps stay for good, whatever ``keep_last`` says; 0: none."""
+
+    def expired(self, steps: Sequence[int]) -> list[int]:
+        """Which of the checkpoints after these steps (the last step trained, counted from 0) go."""
+        if not self.keep_last:
+            return []
+        old = sorted(steps)[: -self.keep_last]
+        return [s for s in old if not (self.keep_every and (s + 1) % self.keep_every == 0)]
 
     def due(self, trained: int) -> bool:
         """Whether to save after ``trained`` steps."""
@@ -80,11 +97,14 @@ _SOURCES = (
 )
 
 
-def megatron_names() -> frozenset[str]:
-    """Every name that the ``[megatron]`` table takes; empty without megatron-core."""
-    return frozenset().union(*(dataclass_fields("megatron.core", f, c) for f, c in _SOURCES))
+def megatron_settings() -> dict[str, Setting]:
+    """Every setting that the ``[megatron]`` table takes; empty without megatron-core."""
+    found: dict[str, Setting] = {}
+    for file, name in _SOURCES:
+        found |= dataclass_settings("megatron.core", file, name)
+    return found
 
 
 def check_megatron_names(given: Iterable[str]) -> None:
     """Refuse names that megatron-core's configuration classes lack or that rollflow owns."""
-    check_names("megatron", given, megatron_names(), MEGATRON_OWNED)
+    check_names("megatron", given, frozenset(megatron_settings()), MEGATRON_OWNED)

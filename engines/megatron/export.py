@@ -69,12 +69,18 @@ def save_hugging_face(model: Model, source: str, folder: Path, *, write: bool) -
 
 
 def _finish(source: Path, folder: Path, shards: list[Path], index: dict[str, str]) -> None:
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
-            shutil.copyfile(file, folder / file.name)
+    copy_small_files(source, folder)
     if len(shards) == 1:
         shards[0].rename(folder / "model.safetensors")
         return
     total = sum(shard.stat().st_size for shard in shards)
     record = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(record))
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Configuration, tokenizer and whatever else stands beside the weights of a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
+            shutil.copyfile(file, folder / file.name)

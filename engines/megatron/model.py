@@ -54,14 +54,19 @@ class Model:
 
 
 def build_model(
-    config: ModelConfig, settings: Settings, device: str, *, value_head: bool = False
+    config: ModelConfig,
+    settings: Settings,
+    device: str,
+    *,
+    trained: bool = True,
+    value_head: bool = False,
 ) -> Model:
     """Build this rank's part and load ``config.path``, or start from random weights.
 
     With ``value_head`` the output layer gives one number for each token, 0 before it is trained.
 
     Process groups and seeds must stand already; see :mod:`.parallel`. Random weights depend on the
-    seed and the number of pipeline stages only.
+    seed and the number of pipeline stages only. What is not ``trained`` has no place for gradients.
 
     Raises:
         ValueError: an architecture or rotary scaling that is not supported, or a weight that does
@@ -80,7 +85,7 @@ def build_model(
         bridge.set_extra_args(**_model_overrides(hf_config, settings, device))
         chunks = bridge.get_model(
             bf16=dtype is torch.bfloat16,
-            wrap_with_ddp=True,
+            wrap_with_ddp=trained,
             ddp_config=ddp,
             post_model_creation_callbacks=[
                 _use_packed_positions,
@@ -91,6 +96,19 @@ def build_model(
             parts = [unwrapped(chunk) for chunk in chunks]
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
     return Model(bridge, chunks, hf_config, dtype)
+
+
+def build_empty(config: ModelConfig, settings: Settings) -> tuple[Packed, Any]:
+    """The bridge and the whole model on one rank without any memory for weights (meta device)."""
+    hf_config = read_hf_config(config)
+    with cuda_means_cpu():
+        make: Any = bridge_class(hf_config.model_type)
+        bridge = make(hf_config, make_vocab_size_divisible_by=1)
+        overrides = _model_overrides(hf_config, settings, "cpu")
+        bridge.set_extra_args(**overrides, perform_initialization=False)
+        [chunk] = bridge.get_model(bf16=False, init_model_with_meta_device=True)
+    bridge.dtype = None  # weights keep the types that they have
+    return bridge, chunk
 
 
 def read_hf_config(config: ModelConfig) -> PretrainedConfig:

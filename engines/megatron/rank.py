@@ -30,6 +30,7 @@ from .model import build_model
 from .optimizer import build_optimizer
 from .reference import Reference
 from .settings import split_settings
+from .start import load_weights
 from .step import train_on
 
 
@@ -66,12 +67,18 @@ class Rank:
         parallel.join(store, rank, world_size, backend=platform.backend, timeout_s=timeout_s)
         parallel.make_groups(settings, trainer.seed, timeout_s=timeout_s)
         built = build_model(model, settings, platform.device)
+        if trainer.ref_load:
+            load_weights(built, trainer.ref_load)
+        reference = Reference(built) if needs(algorithm).ref_logprobs else None
+        if trainer.load:
+            load_weights(built, trainer.load)
+        # After the weights: an optimizer of bfloat16 weights copies them.
         optimizer, scheduler = build_optimizer(built, settings, trainer, total_steps)
         learner = Learner(
             model=built,
             optimizer=optimizer,
             scheduler=scheduler,
-            reference=Reference(built) if needs(algorithm).ref_logprobs else None,
+            reference=reference,
             algorithm=algorithm,
             trainer=trainer,
             gates=gates,
@@ -117,8 +124,9 @@ class Rank:
 
     def save(self, store: Store, run: RunRef, step: int, *, hf: bool) -> CheckpointRef:
         """Save everything that training goes on from."""
-        source = self._model.path if hf else None
-        return save_checkpoint(self._learner, store, run, step, self.digest(), hf_source=source)
+        return save_checkpoint(
+            self._learner, store, run, step, self.digest(), model_path=self._model.path, hf=hf
+        )
 
     def push(self, urls: Sequence[str], version: int) -> PushResult:
         """Send the weights to servers from rank 0; the others only take part in gathering them."""

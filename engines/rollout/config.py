@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from rollflow.engines.config import check_names, dataclass_fields
+from rollflow.engines.config import Setting, check_names, dataclass_settings
 from rollflow.engines.hooks.signatures import HookKind
 from rollflow.storage.config import Config, DataConfig
 
@@ -233,13 +233,21 @@ ROUTER_OWNED = {
 }
 
 
+def sglang_settings() -> dict[str, Setting]:
+    """Every setting that the ``[sglang]`` table takes; empty without SGLang."""
+    return dataclass_settings("sglang", "srt/server_args.py", "ServerArgs")
+
+
+def router_settings() -> dict[str, Setting]:
+    """Every setting that the ``[router]`` table takes; empty without sglang-router."""
+    return dataclass_settings("sglang_router", "router_args.py", "RouterArgs")
+
+
 def check_sglang_names(given: Iterable[str]) -> None:
     """Refuse names that SGLang's ``ServerArgs`` lacks or that rollflow owns."""
-    known = dataclass_fields("sglang", "srt/server_args.py", "ServerArgs")
-    check_names("sglang", given, known, SGLANG_OWNED)
+    check_names("sglang", given, frozenset(sglang_settings()), SGLANG_OWNED)
 
 
 def check_router_names(given: Iterable[str]) -> None:
     """Refuse names that the router's ``RouterArgs`` lacks or that rollflow owns."""
-    known = dataclass_fields("sglang_router", "router_args.py", "RouterArgs")
-    check_names("router", given, known, ROUTER_OWNED)
+    check_names("router", given, frozenset(router_settings()), ROUTER_OWNED)

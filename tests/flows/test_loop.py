@@ -1,5 +1,5 @@
 """The real loop, from the command line to the store: two SGLang servers behind the router, two
-Megatron ranks, Ray, a Prefect flow, Arrow shards. One start of the engines serves many claims."""
+tensor parallel Megatron ranks, Ray, a Prefect flow, Arrow shards. One start of the engines serves many claims."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.manifests import find_batch, read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
-from rollflow.storage.steps import read_step_records, read_steps
+from rollflow.storage.steps import read_step, read_step_records, read_steps
 from tests.chaos.harness import left_behind
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,6 +42,7 @@ updates_per_batch = 2
 every = 2
 [megatron]
 lr = 1e-3
+tensor_model_parallel_size = 2
 [[evals]]
 name = "heldout"
 every = 2
@@ -105,6 +106,12 @@ def test_trainer_and_rollout_agree_about_every_log_probability(stored):
     store, run = stored
     for record in read_steps(store, run):
         assert 0 <= record.metrics["mismatch/logprob_gap_max"] < 1e-4
+
+
+def test_the_trainer_was_tensor_parallel(stored):
+    store, run = stored
+    layout = {"ranks": 2, "tensor_model_parallel_size": 2}
+    assert [read_step(store, run, step).layout for step in range(3)] == [layout] * 3
 
 
 def test_every_step_changes_the_weights(stored):
@@ -189,7 +196,8 @@ def test_a_run_is_not_continued_with_other_settings(folder):
 
 def test_a_run_goes_on_on_another_number_of_ranks_and_can_still_be_recomputed(folder, stored):
     store, run = stored
-    rollflow(folder, "train", "run.toml", "--steps", "5", "--trainer.ranks", "1")
+    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
+    rollflow(folder, "train", "run.toml", "--steps", "5", *alone)
     records = read_step_records(store, run)
     assert [r.layout["ranks"] for r in records] == [2, 2, 2, 2, 1]
     assert records[4].restored_step == 3

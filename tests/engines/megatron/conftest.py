@@ -259,6 +259,12 @@ class Ranks:
             connection.send((method, args))
         return self._answers(told)
 
+    def each(self, name: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """A function of ``rank_tasks``, with arguments of its own for each process."""
+        for connection, one in zip(self._connections, arguments, strict=True):
+            connection.send(("do", (name, *one)))
+        return self._answers(self._connections)
+
     def make(self, arguments: list[tuple[Any, ...]]) -> None:
         for connection, one in zip(self._connections, arguments, strict=True):
             connection.send(("new", one))

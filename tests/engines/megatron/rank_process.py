@@ -30,6 +30,10 @@ def main() -> None:
                     from tests.engines.megatron import weights_of_rank
 
                     answer = getattr(weights_of_rank, f"{method}_of_rank")(rank)
+                elif method == "do":
+                    from tests.engines.megatron import rank_tasks
+
+                    answer = getattr(rank_tasks, args[0])(rank, *args[1:])
                 else:
                     answer = getattr(rank, method)(*args)
                 owner.send((answer, None))

@@ -108,7 +108,7 @@ def train(many_ranks, run, model, world_size, megatron, fault=None):
         if fault:
             ranks.call("break", fault)
         results = [ranks.call("train", run.commit(step)) for step in range(STEPS)]
-        weights = ranks.call("weights")[0]
+        weights = ranks.call("do", "weights")[0]
         if fault:
             ranks.call("mend")
     digests = {r.weights_digest for r in results[-1]}

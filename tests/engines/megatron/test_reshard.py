@@ -33,11 +33,11 @@ def test_training_goes_on_at_another_layout(many_ranks, run, make_model, route):
             ranks.call("train", batch)
         checkpoint = ranks.call("save", 1, False)[0]
         straight = [ranks.call("train", batch)[0].metrics for batch in batches[2:]]
-        expected = ranks.call("weights")[0]
+        expected = ranks.call("do", "weights")[0]
     with many_ranks(loader[0], **_changes(model, loader[1])) as ranks:
         assert set(ranks.call("restore", checkpoint)) == {2}
         resumed = [ranks.call("train", batch)[0].metrics for batch in batches[2:]]
-        found = ranks.call("weights")[0]
+        found = ranks.call("do", "weights")[0]
     for name in ("train/loss", "train/grad_norm", "train/lr"):
         assert [m[name] for m in resumed] == pytest.approx([m[name] for m in straight], abs=2e-5)
     assert found.keys() == expected.keys()

@@ -1,0 +1,11 @@
+"""The conversion of a checkpoint, as a workflow."""
+
+from prefect import flow
+
+from rollflow.tasks.convert import ConvertConfig, Converted, convert_checkpoint
+
+
+@flow(name="convert", flow_run_name="convert to {config.target}")
+async def convert(config: ConvertConfig) -> Converted:
+    """Hugging Face to torch_dist, or torch_dist to Hugging Face; the source decides which."""
+    return await convert_checkpoint(config)

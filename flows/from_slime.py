@@ -1,0 +1,246 @@
+"""The arguments of a slime launch script as our settings, and what has no counterpart."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollflow.engines.megatron.config import MEGATRON_OWNED, megatron_settings
+
+from .arguments import literal
+
+RENAMED: dict[str, str] = {
+    "hf-checkpoint": "model.path",
+    "prompt-data": "data.path",
+    "input-key": "data.prompt_key",
+    "label-key": "data.label_key",
+    "metadata-key": "data.metadata_key",
+    "apply-chat-template": "data.apply_chat_template",
+    "rollout-shuffle": "data.shuffle",
+    "rollout-seed": "data.seed",
+    "rollout-max-prompt-len": "data.max_prompt_tokens",
+    "num-rollout": "steps",
+    "rollout-batch-size": "rollout.batch_size",
+    "n-samples-per-prompt": "rollout.n_samples_per_prompt",
+    "rollout-max-response-len": "rollout.sampling.max_new_tokens",
+    "rollout-temperature": "rollout.sampling.temperature",
+    "rollout-top-p": "rollout.sampling.top_p",
+    "rollout-top-k": "rollout.sampling.top_k",
+    "rollout-stop": "rollout.sampling.stop",
+    "rollout-stop-token-ids": "rollout.sampling.stop_token_ids",
+    "custom-rm-path": "rollout.reward",
+    "custom-generate-function-path": "rollout.generate",
+    "rollout-num-gpus-per-engine": "sglang.tp_size",
+    "advantage-estimator": "algorithm.name",
+    "eps-clip": "algorithm.eps_clip",
+    "eps-clip-high": "algorithm.eps_clip_high",
+    "eps-clip-c": "algorithm.dual_clip",
+    "entropy-coef": "algorithm.entropy_coef",
+    "kl-loss-coef": "algorithm.kl_coef",
+    "gamma": "algorithm.gamma",
+    "lambd": "algorithm.lam",
+    "max-tokens-per-gpu": "trainer.max_tokens_per_micro_batch",
+    "lr-decay-style": "trainer.lr_decay_style",
+    "lr-warmup-iters": "trainer.lr_warmup_steps",
+    "lr-decay-iters": "trainer.lr_decay_steps",
+    "seed": "trainer.seed",
+    "save-interval": "checkpoint.every",
+    "save": "store.url",
+    "ref-load": "trainer.ref_load",
+}
+"""slime's word -> our setting, where the value stays what it is."""
+IMPLIED = {
+    "use-dynamic-batch-size": "micro-batches are always packed by tokens",
+    "balance-data": "data parallel ranks are always balanced, by FLOPs",
+    "use-kl-loss": "algorithm.kl_coef above 0 asks for it",
+    "accumulate-allreduce-grads-in-fp32": "gradients are always reduced in float32",
+    "attention-backend": "packed attention is chosen by device",
+    "rotary-base": "config.json of the model decides it",
+    "vocab-size": "config.json of the model decides it",
+    "padded-vocab-size": "config.json of the model decides it",
+    "swiglu": "config.json of the model decides it",
+    "use-rotary-position-embeddings": "config.json of the model decides it",
+    "disable-bias-linear": "config.json of the model decides it",
+    "group-query-attention": "config.json of the model decides it",
+    "norm-epsilon": "config.json of the model decides it",
+    "untie-embeddings-and-output-weights": "config.json of the model decides it",
+    "rotary-percent": "config.json of the model decides it",
+    "post-self-attn-layernorm": "config.json of the model decides it",
+    "post-mlp-layernorm": "config.json of the model decides it",
+    "no-rope-fusion": "rotary positions are gathered for packed rows",
+    "bf16": "model.dtype",
+    "actor-num-nodes": "counted in trainer.ranks",
+    "actor-num-gpus-per-node": "counted in trainer.ranks",
+    "rollout-num-gpus": "counted in rollout.servers",
+    "global-batch-size": "counted in trainer.updates_per_batch",
+    "eval-interval": "evals.every",
+    "eval-prompt-data": "evals",
+    "n-samples-per-eval-prompt": "evals.n_samples_per_prompt",
+    "eval-max-response-len": "evals.sampling.max_new_tokens",
+    "eval-temperature": "evals.sampling.temperature",
+    "eval-top-p": "evals.sampling.top_p",
+    "eval-top-k": "evals.sampling.top_k",
+    "kl-loss-type": "algorithm.kl_type",
+    "rm-type": "rollout.reward",
+    "load": "a run goes on from its own store; trainer.load names other first weights",
+    "max-position-embeddings": "config.json of the model decides it",
+}
+"""slime's words that need no counterpart, or are counted together; and why."""
+KL_TYPES = {"low_var_kl": "low_var", "k1": "k1", "k2": "k2", "k3": "k3", "kl": "k1"}
+
+
+@dataclass
+class Translation:
+    """Our settings, and what could not be translated with the reason."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    implied: dict[str, str] = field(default_factory=dict)
+
+    def put(self, dotted: str, value: Any) -> None:
+        """Set a setting by its dotted name."""
+        place = self.tree
+        *tables, last = dotted.split(".")
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[last] = value
+
+
+def from_slime(words: Sequence[str]) -> Translation:
+    """Translate the words of a slime command, e.g. ``--rollout-batch-size 32 --lr 1e-6``."""
+    given = _given(words)
+    out = Translation()
+    megatron = megatron_settings()
+    for word, values in given.items():
+        value = _value(values)
+        name = word.replace("-", "_")
+        if word in RENAMED:
+            out.put(RENAMED[word], value)
+        elif word in IMPLIED:
+            out.implied[word] = IMPLIED[word]
+        elif word.startswith("sglang-"):
+            out.put(f"sglang.{name.removeprefix('sglang_')}", value)
+        elif word.startswith("router-"):
+            out.put(f"router.{name.removeprefix('router_')}", value)
+        elif name in MEGATRON_OWNED:
+            out.implied[word] = MEGATRON_OWNED[name]
+        elif name in megatron:
+            out.put(f"megatron.{name}", value)
+        else:
+            out.missing[word] = f"no counterpart (value {value!r})"
+    _together(given, out)
+    return out
+
+
+def to_toml(tree: dict[str, Any]) -> str:
+    """The settings as a TOML file: plain values first, then tables."""
+    lines: list[str] = []
+    _table("", tree, lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _given(words: Sequence[str]) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {}
+    last = ""
+    for word in words:
+        if word.startswith("--"):
+            last, _, value = word[2:].partition("=")
+            given[last] = [value] if value else []
+        elif not last:
+            raise ValueError(f"{word!r} stands where a --setting is expected")
+        else:
+            given[last].append(word)
+    return given
+
+
+def _value(values: list[str]) -> Any:
+    if not values:
+        return True
+    return literal(values[0]) if len(values) == 1 else [literal(v) for v in values]
+
+
+def _together(given: dict[str, list[str]], out: Translation) -> None:
+    """What several words of slime's say together."""
+
+    def number(word: str, default: int) -> int:
+        return int(given.get(word, [str(default)])[0])
+
+    out.tree.setdefault("name", "from-slime")
+    gpus = number("actor-num-nodes", 1) * number("actor-num-gpus-per-node", 8)
+    out.put("trainer.ranks", gpus)
+    per_engine = number("rollout-num-gpus-per-engine", 1)
+    rollout_gpus = gpus if "colocate" in given else number("rollout-num-gpus", gpus)
+    out.put("rollout.servers", max(1, rollout_gpus // per_engine))
+    if "global-batch-size" in given:
+        samples = number("rollout-batch-size", 32) * number("n-samples-per-prompt", 8)
+        out.put(
+            "trainer.updates_per_batch", max(1, samples // number("global-batch-size", samples))
+        )
+    out.put("model.dtype", "bfloat16")
+    if "load" in given and given["load"] != given.get("save"):
+        out.put("trainer.load", given["load"][0])
+    _kl_and_reward(given, out)
+    if "colocate" in given:
+        out.missing["colocate"] = "servers and trainer do not share GPUs; give each their own"
+    _evals(given, number, out)
+
+
+def _kl_and_reward(given: dict[str, list[str]], out: Translation) -> None:
+    kind = given.get("kl-loss-type", ["k3"])[0]
+    if kind in KL_TYPES:
+        out.put("algorithm.kl_type", KL_TYPES[kind])
+    else:
+        out.missing["kl-loss-type"] = f"no counterpart (value {kind!r})"
+    for optional in ("kl-loss-coef", "entropy-coef"):
+        if optional in given:
+            out.put(RENAMED[optional], float(given[optional][0]))
+    if "rm-type" in given and "custom-rm-path" not in given:
+        out.put("rollout.reward", "my_reward:score")
+        out.missing["rm-type"] = (
+            f"{given['rm-type'][0]!r}: write a reward function and name it in rollout.reward"
+        )
+
+
+def _evals(
+    given: dict[str, list[str]], number: Callable[[str, int], int], out: Translation
+) -> None:
+    pairs = given.get("eval-prompt-data", [])
+    evals: list[dict[str, Any]] = []
+    for name, path in zip(pairs[::2], pairs[1::2], strict=True):
+        sampling: dict[str, Any] = {}
+        for word, key in (
+            ("eval-max-response-len", "max_new_tokens"),
+            ("eval-temperature", "temperature"),
+            ("eval-top-p", "top_p"),
+            ("eval-top-k", "top_k"),
+        ):
+            if word in given:
+                sampling[key] = literal(given[word][0])
+        sampling.setdefault("temperature", float(given.get("rollout-temperature", ["1"])[0]))
+        data = {k: v for k, v in out.tree.get("data", {}).items() if k not in ("path", "shuffle")}
+        evals.append(
+            {
+                "name": name,
+                "every": number("eval-interval", 0),
+                "n_samples_per_prompt": number("n-samples-per-eval-prompt", 1),
+                "sampling": sampling,
+                "data": {**data, "path": path, "shuffle": False},
+            }
+        )
+    if evals:
+        out.tree["evals"] = evals
+
+
+def _table(prefix: str, tree: dict[str, Any], lines: list[str]) -> None:
+    tables = {k: v for k, v in tree.items() if isinstance(v, dict)}
+    lists = {k: v for k, v in tree.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    for key, value in tree.items():
+        if key not in tables and key not in lists:
+            lines.append(f"{key} = {json.dumps(value)}")
+    for key, value in tables.items():
+        lines += ["", f"[{prefix}{key}]"]
+        _table(f"{prefix}{key}.", value, lines)
+    for key, values in lists.items():
+        for value in values:
+            lines += ["", f"[[{prefix}{key}]]"]
+            _table(f"{prefix}{key}.", value, lines)
