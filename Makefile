@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity recipes trl check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference recipes trl check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,8 +34,11 @@ test: $(INSTALLED) s3-servers  ## Run the whole test suite
 stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slow S3 server too (5 minutes)
 	@ROLLFLOW_TEST_STORES="file memory rclone moto" $(BIN)/pytest tests/storage
 
-parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in every variant (4 minutes)
+parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in every variant
 	@ROLLFLOW_PARITY=all $(BIN)/pytest tests/engines/megatron/test_parallel.py tests/engines/megatron/test_reshard.py -s
+
+reference: $(INSTALLED) ## Write the reference pages of all settings
+	@$(BIN)/rollflow config reference
 
 recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through the real loop
 	@ROLLFLOW_RECIPES=all $(BIN)/pytest tests/flows/test_algorithm_recipes.py

@@ -56,14 +56,9 @@ class Setting:
     help: str
 
 
-def dataclass_fields(package: str, file: str, *classes: str) -> frozenset[str]:
-    """Field names of ``classes`` in ``file`` of an installed package; see :func:`dataclass_settings`."""
-    return frozenset(dataclass_settings(package, file, *classes))
-
-
 @cache
 def dataclass_settings(package: str, file: str, *classes: str) -> dict[str, Setting]:
-    """Annotated fields of ``classes`` in ``file`` of an installed package, unread by Python.
+    """Annotated fields of ``classes`` in ``file`` of an installed package, not run by Python.
 
     Empty when the package is not installed.
     """

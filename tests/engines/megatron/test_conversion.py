@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from rollflow.engines.algorithms.config import GrpoConfig
+from rollflow.engines.config import ModelConfig
 from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.convert import convert
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.config import TrainerConfig
-from rollflow.engines.weights import weights_digest
 from rollflow.storage.integrity import ManifestError
 
 FAMILIES = {
@@ -202,7 +202,8 @@ def test_a_run_starts_from_one_checkpoint_and_refers_to_another(
     first, other = make_model(), make_model(initializer_range=0.05)
     dist = str(tmp_path / "dist")
     convert(ConvertConfig(source=str(other), target=dist))
-    digest = weights_digest(load_file(other / "model.safetensors").items())
+    with one_rank(model=ModelConfig(path=str(other))) as rank:
+        digest = rank._rank_live.digest()
     kl = GrpoConfig(kl_coef=0.1)
     with one_rank(trainer=TrainerConfig(load=dist)) as rank:
         assert rank._rank_live.digest() == digest
