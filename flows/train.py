@@ -54,7 +54,9 @@ async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
                 if last or config.checkpoint.due(step + 1):
                     await progress.time(
                         "checkpoint",
-                        save_checkpoint(engines, config.checkpoint, config.store, step),
+                        save_checkpoint(
+                            engines, config.checkpoint, config.store, plan.run, step, last=last
+                        ),
                     )
                 if last:
                     break

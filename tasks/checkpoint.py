@@ -12,22 +12,29 @@ from rollflow.engines.megatron.config import CheckpointConfig
 from rollflow.storage.checkpoints import delete_checkpoint, fetch_checkpoint, list_checkpoints
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
-from rollflow.storage.refs import CheckpointRef, RunRef
+from rollflow.storage.refs import RunRef
 
 from .engines import Engines
 
 
 @task(name="save checkpoint", cache_policy=NO_CACHE)
 async def save_checkpoint(
-    engines: Engines, config: CheckpointConfig, store: StoreConfig, step: int
-) -> CheckpointRef:
+    engines: Engines,
+    config: CheckpointConfig,
+    store: StoreConfig,
+    run: RunRef,
+    step: int,
+    *,
+    last: bool,
+) -> None:
     """Write torch_dist shards, Hugging Face weights where asked for, and last the manifest.
 
-    Checkpoints that are not to stay any longer are deleted then.
+    With ``config.background`` only the last is waited for. Checkpoints that are not to stay any
+    longer are deleted then.
     """
-    refs = await cluster.call(engines.ranks, "save", step, config.hf, timeout_s=engines.timeout_s)
-    await asyncio.to_thread(delete_expired, Store(store), config, refs[0].run)
-    return refs[0]
+    wait = last or not config.background
+    await cluster.call(engines.ranks, "save", step, config.hf, wait, timeout_s=engines.timeout_s)
+    await asyncio.to_thread(delete_expired, Store(store), config, run)
 
 
 def delete_expired(store: Store, config: CheckpointConfig, run: RunRef) -> list[int]:

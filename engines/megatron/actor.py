@@ -23,6 +23,7 @@ from .config import GatesConfig, TrainerConfig
 from .settings import PARALLEL
 
 if TYPE_CHECKING:
+    from .checkpoint import Saving
     from .rank import Rank
 
 
@@ -68,6 +69,7 @@ class TrainerRank:
         self._trained: tuple[tuple[int, str], TrainResult] | None = None
         self._version = 0
         self._restored_step = FIRST_WEIGHTS
+        self._saving: Saving | None = None
 
     def address(self, host: str = "127.0.0.1") -> str:
         """Where the ranks meet, ``host:port``; called on rank 0, before :meth:`setup` of all."""
@@ -140,14 +142,25 @@ class TrainerRank:
         self._trained = (name, result)
         return result
 
-    def save(self, step: int, hf: bool = True) -> CheckpointRef:
-        """Save the weights as they are after ``step``, and as a Hugging Face folder if ``hf``."""
+    def save(self, step: int, hf: bool = True, wait: bool = True) -> CheckpointRef | None:
+        """Save the weights as they are after ``step``, and as a Hugging Face folder if ``hf``.
+
+        Without ``wait`` it returns once all is on this machine's disk, and the way into the store
+        goes on beside training; :meth:`saved`, the next save and :meth:`stop` wait for its end.
+        """
         if step + 1 != self._version:
             raise ValueError(
                 f"checkpoint of step {step} for weights of version {self._version}; "
                 "save a step after it was trained and before the next"
             )
-        return self._rank_live.save(self._store, self._run, step, hf=hf)
+        self.saved()
+        self._saving = self._rank_live.save(self._store, self._run, step, hf=hf)
+        return self.saved() if wait else None
+
+    def saved(self) -> CheckpointRef | None:
+        """Wait for the checkpoint on its way into the store, if there is one; its error is raised."""
+        saving, self._saving = self._saving, None
+        return saving.result() if saving else None
 
     def push_weights(self, urls: list[str], version: int) -> PushResult:
         """Bring the weights to rollout servers as ``version`` and verify them there.
@@ -165,8 +178,11 @@ class TrainerRank:
     def stop(self) -> None:
         """Leave the other ranks."""
         if self._live is not None:
-            self._live.leave()
-            self._live = None
+            try:
+                self.saved()
+            finally:
+                self._live.leave()
+                self._live = None
 
     def _layout(self) -> dict[str, int]:
         megatron = self._settings[2]

@@ -8,7 +8,9 @@ is written last.
 import queue
 import random
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,7 @@ from rollflow.storage.checkpoints import (
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 
+from . import parallel
 from .critic import Critic
 from .export import copy_small_files, save_hugging_face
 from .learner import Learner
@@ -49,6 +52,10 @@ ORIGIN = "huggingface"
 """Configuration and tokenizer alone."""
 
 
+Saving = Future[CheckpointRef]
+"""A checkpoint on its way into the store: its result is the committed ref, or the error."""
+
+
 def save_checkpoint(
     learner: Learner,
     store: Store,
@@ -58,39 +65,66 @@ def save_checkpoint(
     *,
     model_path: str,
     hf: bool,
-) -> CheckpointRef:
+) -> Saving:
     """Save what training after ``step`` goes on from. Every rank calls it; all get the same ref.
 
-    Configuration and tokenizer of ``model_path`` are kept beside the checkpoint, so that it can be
-    converted without anything else; with ``hf`` the weights too, as a Hugging Face folder. A
-    checkpoint that is committed already is left as it is.
+    When it returns, everything is copied to this machine's disk and training may go on; checksums,
+    the way into the store and the commit run beside it. Configuration and tokenizer of
+    ``model_path`` are kept beside the checkpoint, so that it can be converted without anything else;
+    with ``hf`` the weights too, as a Hugging Face folder. A checkpoint that is committed already is
+    left as it is.
     """
+    saving: Saving = Future()
+    group = parallel.background_group()
     standing = _from_rank_0(lambda: prepare_checkpoint(store, run, step))
     if standing is not None:
-        return standing
-    with tempfile.TemporaryDirectory(prefix="rollflow-checkpoint-") as own:
-        # One folder for the ranks of a machine; elsewhere the same path is another folder.
-        staging = Path(_from_rank_0(lambda: own))
-        (staging / TORCH_DIST).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        with cuda_means_cpu():
-            dist_checkpointing.save(
-                _state(learner, is_loading=False),
-                str(staging / TORCH_DIST),
-                sharded_strategy=_SaveHere("torch_dist", 1, thread_count=1),
+        saving.set_result(standing)
+        return saving
+    own = tempfile.TemporaryDirectory(prefix="rollflow-checkpoint-")
+    # One folder for the ranks of a machine; elsewhere the same path is another folder.
+    staging = Path(_from_rank_0(lambda: own.name))
+    _stage(learner, staging, model_path, hf)
+
+    def finish() -> None:
+        try:
+            with own:
+                stored = store_files(
+                    store, checkpoint_folder(run, step), staging, _own_files(staging)
+                )
+                everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
+                dist.all_gather_object(everyone, stored, group=group)
+            files = [file for files in everyone for file in files]
+            details = {"world_size": dist.get_world_size(), "hf": hf}
+            saving.set_result(
+                _from_rank_0(
+                    lambda: commit_checkpoint(store, run, step, weights_digest, files, details),
+                    group,
+                )
             )
-        write = dist.get_rank() == 0
-        if hf:
-            save_hugging_face(learner.model, model_path, staging / HUGGING_FACE, write=write)
-        elif write:
-            copy_small_files(Path(model_path), staging / ORIGIN)
-        folder = checkpoint_folder(run, step)
-        stored = store_files(store, folder, staging, _own_files(staging))
-        everyone: list[list[StoredFile]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, stored)
-    files = [file for files in everyone for file in files]
-    details = {"world_size": dist.get_world_size(), "hf": hf}
-    return _from_rank_0(lambda: commit_checkpoint(store, run, step, weights_digest, files, details))
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            saving.set_exception(error)
+
+    threading.Thread(target=finish, name=f"checkpoint-{step}").start()
+    return saving
+
+
+def _stage(learner: Learner, staging: Path, model_path: str, hf: bool) -> None:
+    """Every rank's part as files on its machine's disk."""
+    (staging / TORCH_DIST).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    with cuda_means_cpu():
+        dist_checkpointing.save(
+            _state(learner, is_loading=False),
+            str(staging / TORCH_DIST),
+            sharded_strategy=_SaveHere("torch_dist", 1, thread_count=1),
+        )
+    write = dist.get_rank() == 0
+    if hf:
+        save_hugging_face(learner.model, model_path, staging / HUGGING_FACE, write=write)
+    elif write:
+        copy_small_files(Path(model_path), staging / ORIGIN)
+    # Rank 0's folder may not go before every rank has written into it.
+    dist.barrier()
 
 
 def load_checkpoint(learner: Learner, store: Store, ref: CheckpointRef) -> None:
@@ -204,7 +238,7 @@ def _own_files(staging: Path) -> list[str]:
     ]
 
 
-def _from_rank_0(make: Callable[[], T]) -> T:
+def _from_rank_0(make: Callable[[], T], group: Any = None) -> T:
     """What ``make`` gives on rank 0, on every rank; its error is every rank's error."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -212,7 +246,7 @@ def _from_rank_0(make: Callable[[], T]) -> T:
             answer[0] = make()
         except (OSError, ValueError) as error:
             answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]

@@ -43,6 +43,9 @@ class CheckpointConfig(Config):
     """Save each so many steps, and after the last; 0: only after the last."""
     hf: bool = True
     """Also write Hugging Face safetensors beside the torch_dist checkpoint."""
+    background: bool = False
+    """Training goes on as soon as a checkpoint is on this machine's disk; checksums, the way into the
+    store and the commit run beside it. The last checkpoint of a run is waited for."""
     keep_last: int = Field(default=0, ge=0)
     """Newest checkpoints that stay; 0: all of them. An older one is deleted once a newer stands."""
     keep_every: int = Field(default=0, ge=0)

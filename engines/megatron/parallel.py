@@ -4,6 +4,7 @@ import datetime
 import os
 import random
 import socket
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,19 @@ def row_layout(model: Model) -> Layout:
     )
 
 
+def background_group() -> Any:
+    """A gloo group of all ranks for a thread beside training. Every rank makes it at the same time."""
+    if not _background:
+        _background.append(dist.new_group(backend="gloo"))
+    return _background[0]
+
+
+_background: list[Any] = []
+
+
 def leave() -> None:
     """Take the process groups down; harmless when there are none."""
+    _background.clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

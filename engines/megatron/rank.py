@@ -21,7 +21,7 @@ from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.samples import Sample
 
 from . import parallel
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Saving, load_checkpoint, save_checkpoint
 from .config import GatesConfig, TrainerConfig
 from .critic import Critic, build_critic
 from .export import export_weights
@@ -122,7 +122,7 @@ class Rank:
                 f"{checkpoint.weights_digest} were saved"
             )
 
-    def save(self, store: Store, run: RunRef, step: int, *, hf: bool) -> CheckpointRef:
+    def save(self, store: Store, run: RunRef, step: int, *, hf: bool) -> Saving:
         """Save everything that training goes on from."""
         return save_checkpoint(
             self._learner, store, run, step, self.digest(), model_path=self._model.path, hf=hf

@@ -1,14 +1,16 @@
 """Training goes on from a checkpoint as if it had never stopped."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rollflow.engines.megatron import checkpoint as checkpoint_module
 from rollflow.engines.megatron.config import TrainerConfig
 from rollflow.engines.weights import weights_digest
-from rollflow.storage.checkpoints import files_folder
+from rollflow.storage.checkpoints import files_folder, find_checkpoint
 from rollflow.storage.integrity import ManifestError
 
 
@@ -25,6 +27,42 @@ def test_a_restored_run_goes_on_bit_by_bit(one_rank, run):
         resumed = [rank.train(batch) for batch in batches[2:]]
     assert [r.weights_digest for r in resumed] == [r.weights_digest for r in straight]
     assert [r.metrics["train/lr"] for r in resumed] == [r.metrics["train/lr"] for r in straight]
+
+
+def test_training_goes_on_while_a_checkpoint_is_on_its_way(one_rank, run, monkeypatch):
+    batches = [run.commit(step) for step in range(2)]
+    may_go = threading.Event()
+    store_files = checkpoint_module.store_files
+
+    def slow(*arguments):
+        assert may_go.wait(60)
+        return store_files(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "store_files", slow)
+    with one_rank() as rank:
+        first = rank.train(batches[0])
+        assert rank.save(0, hf=False, wait=False) is None
+        second = rank.train(batches[1])
+        assert find_checkpoint(run.store, run.ref, 0) is None
+        may_go.set()
+        checkpoint = rank.saved()
+        assert checkpoint.weights_digest == first.weights_digest
+        assert rank.saved() is None
+        assert rank.restore(checkpoint) == 1
+        assert rank.train(batches[1]).weights_digest == second.weights_digest
+
+
+def test_a_checkpoint_that_fails_on_its_way_fails_the_next_call(one_rank, run, monkeypatch):
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint_module, "store_files", full)
+    with one_rank() as rank:
+        rank.train(run.commit(0))
+        rank.save(0, hf=False, wait=False)
+        with pytest.raises(OSError, match="disk is full"):
+            rank.saved()
+    assert find_checkpoint(run.store, run.ref, 0) is None
 
 
 def test_a_checkpoint_goes_back_over_a_live_trainer(one_rank, run):

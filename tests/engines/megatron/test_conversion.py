@@ -204,12 +204,12 @@ def test_a_run_starts_from_one_checkpoint_and_refers_to_another(
     convert(ConvertConfig(source=str(other), target=dist))
     with one_rank(model=ModelConfig(path=str(other))) as rank:
         digest = rank._rank_live.digest()
-    kl = GrpoConfig(kl_coef=0.1)
+    kl, batch = GrpoConfig(kl_coef=0.1), run.commit(0)
     with one_rank(trainer=TrainerConfig(load=dist)) as rank:
         assert rank._rank_live.digest() == digest
     with one_rank(trainer=TrainerConfig(ref_load=dist), algorithm=kl) as rank:
         assert rank._rank_live.digest() == digest
-        assert rank.train(run.commit(0)).metrics["train/kl"] == 0
+        assert rank.train(batch).metrics["train/kl"] == 0
     with one_rank(trainer=TrainerConfig(ref_load=dist, load=str(first)), algorithm=kl) as rank:
         assert rank._rank_live.digest() != digest
-        assert rank.train(run.commit(0)).metrics["train/kl"] > 0
+        assert rank.train(batch).metrics["train/kl"] > 0
