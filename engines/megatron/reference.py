@@ -1,4 +1,4 @@
-"""The reference policy of a KL term: the run's first weights, lent to the model for a forward."""
+"""The reference policy of a KL term: the weights it was made of, lent to the model for a forward."""
 
 import contextlib
 from collections.abc import Iterator

@@ -101,7 +101,7 @@ def train(many_ranks, run, model, world_size, megatron, fault=None):
     changes = {
         "model": ModelConfig(path=str(model)),
         "algorithm": SftConfig(),
-        "trainer": TrainerConfig(max_tokens_per_micro_batch=48, step_timeout_s=30),
+        "trainer": TrainerConfig(max_tokens_per_micro_batch=48, step_timeout_s=300),
         "megatron": {"lr": 1e-3, "weight_decay": 0.0, "clip_grad": 1.0, **megatron},
     }
     with many_ranks(world_size, **changes) as ranks:

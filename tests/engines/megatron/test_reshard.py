@@ -52,7 +52,7 @@ def _changes(model: Any, megatron: dict[str, Any]) -> dict[str, Any]:
         "model": ModelConfig(path=str(model)),
         "algorithm": SftConfig(),
         "trainer": TrainerConfig(
-            max_tokens_per_micro_batch=64, step_timeout_s=30, lr_decay_style="cosine"
+            max_tokens_per_micro_batch=64, step_timeout_s=300, lr_decay_style="cosine"
         ),
         "megatron": {"lr": 1e-3, "weight_decay": 0.0, **megatron},
     }
