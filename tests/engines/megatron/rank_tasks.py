@@ -11,15 +11,11 @@ from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.exporter import export_as_rank
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.actor import TrainerRank
-from rollflow.engines.megatron.export import export_weights
 from rollflow.engines.megatron.model import unwrapped
 from rollflow.engines.megatron.start import LEGACY
+from tests.engines.megatron.weights_of_rank import weights_of_rank
 
-
-def weights(rank: TrainerRank) -> dict[str, Any]:
-    """Copies of all weights under Hugging Face names, as numpy arrays."""
-    model = rank._rank_live._learner.model
-    return {name: tensor.cpu().numpy().copy() for name, tensor in export_weights(model)}
+weights = weights_of_rank
 
 
 def save_legacy(rank: TrainerRank, folder: str) -> None:
