@@ -73,8 +73,11 @@ async def _replay(config: RunConfig, source: Source, plan: RunPlan, progress: Pr
         for batch in batches:
             await _train_again(config, plan.run, engines, batch, progress)
             due = batch.step in source.saved_steps or config.checkpoint.due(batch.step + 1)
-            if due or batch is batches[-1]:
-                save = save_checkpoint(engines, config.checkpoint, batch.step)
+            last = batch is batches[-1]
+            if due or last:
+                save = save_checkpoint(
+                    engines, config.checkpoint, config.store, plan.run, batch.step, last=last
+                )
                 await progress.time("checkpoint", save)
     return "finished"
 
