@@ -11,11 +11,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 WITHOUT_SGLANG = """
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
+from importlib.machinery import PathFinder
+
+class Absent(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] in ("sglang", "sglang_router", "sgl_kernel"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+            return None
+        return PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Absent if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
