@@ -58,7 +58,8 @@ def test_tokens_that_are_not_kept_move_nothing():
 def test_a_discounted_sum_equals_the_loop(samples, discount):
     counts = torch.tensor([len(s) for s in samples])
     segments = torch.arange(len(samples)).repeat_interleave(counts)
-    got = discounted_sum(torch.tensor([v for s in samples for v in s]).double(), segments, discount)
+    values = torch.tensor([v for s in samples for v in s], dtype=torch.float64)
+    got = discounted_sum(values, segments, discount)
     expected = [a for s in samples for a in scalar.gae(s, [0.0] * len(s), discount, 1.0)]
     assert got.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
