@@ -24,7 +24,9 @@ async def measure(console: Console) -> dict:
     config, summary = await _train("bench", STEPS)
     split = summary.iteration_split_s
     again = await recompute(config.store, config.name)
-    _, exact = await _train("bench-exact", DETERMINISTIC_STEPS, "--rollout.deterministic", "true")
+    few = ("--trainer.lr_decay_style", "constant", "--trainer.lr_warmup_steps", "0")
+    exactly = ("--rollout.deterministic", "true")
+    _, exact = await _train("bench-exact", DETERMINISTIC_STEPS, *few, *exactly)
     durability = split.get("write", 0.0) + split["commit"]
     overhead = split["total"] - sum(split.get(phase, 0.0) for phase in COMPUTE)
     facts = {
