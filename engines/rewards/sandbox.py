@@ -66,7 +66,7 @@ import resource, runpy, sys
 for name, most in {limits}.items():
     resource.setrlimit(getattr(resource, name), (most, most))
 sys.argv = ["main.py"]
-runpy.run_path("/work/main.py", run_name="__main__")
+runpy.run_path("/sandbox/main.py", run_name="__main__")
 """
 
 
@@ -79,7 +79,7 @@ def run_python(code: str, stdin: str = "", limits: Limits | None = None) -> Fini
     check_isolation()
     with _MemoryFile(code) as program, _MemoryFile(stdin) as given:
         with _MemoryFile(_no_children()) as filters:
-            main = ("--file", str(program), "/work/main.py")
+            main = ("--file", str(program), "/sandbox/main.py")
             process = subprocess.Popen(
                 [*_isolated(check_isolation(), limits, filters), *main, "--", *_python(limits)],
                 stdin=given,
@@ -148,7 +148,7 @@ def _isolated(path: str, limits: Limits, filters: int) -> list[str]:
     """bubblewrap's arguments: the interpreter and the system's libraries to read, nothing else."""
     command = [path, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     command += ["--seccomp", str(filters)]
-    command += ["--clearenv", "--setenv", "OMP_NUM_THREADS", "1", "--setenv", "HOME", "/work"]
+    command += ["--clearenv", "--setenv", "OMP_NUM_THREADS", "1", "--setenv", "HOME", "/sandbox"]
     for folder in ("/lib", "/lib64", "/bin"):
         if Path(folder).is_symlink():
             command += ["--symlink", str(Path(folder).readlink()), folder]
@@ -158,7 +158,7 @@ def _isolated(path: str, limits: Limits, filters: int) -> list[str]:
     for folder in sorted(f for f in readable if Path(f).is_dir()):
         command += ["--ro-bind", folder, folder]
     command += ["--proc", "/proc", "--dev", "/dev"]
-    command += ["--size", str(limits.file_bytes), "--tmpfs", "/work", "--chdir", "/work"]
+    command += ["--size", str(limits.file_bytes), "--tmpfs", "/sandbox", "--chdir", "/sandbox"]
     return command
 
 
