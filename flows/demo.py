@@ -37,7 +37,7 @@ async def run_demo(seed: int, seconds_install: float, ui: str, console: Console)
 
 
 async def warm_up(name: str, seed: int) -> tuple[RunSummary, RunConfig]:
-    """Teach the format and some of the sums from labels, until a third is right."""
+    """Teach the format and some of the sums from labels, until about half is right."""
     config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed))
     return await sft(config), config
 

@@ -198,6 +198,8 @@ class EvalConfig(Config):
     data: DataConfig
     every: int = Field(default=0, ge=0)
     """Evaluate each so many steps, and before the first and after the last; 0: only then."""
+    delay: int = Field(default=0, ge=0)
+    """Steps before which ``every`` does not count."""
     n_samples_per_prompt: int = Field(default=1, gt=0)
     sampling: SamplingConfig = SamplingConfig(temperature=0.0)
     reward: str = ""
@@ -211,7 +213,7 @@ class EvalConfig(Config):
 
     def due(self, trained: int) -> bool:
         """Whether to evaluate after ``trained`` steps."""
-        return self.every > 0 and trained % self.every == 0
+        return self.every > 0 and trained >= self.delay and trained % self.every == 0
 
 
 SGLANG_OWNED = {

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .harness import (
     ROLLFLOW,
+    VICTIMS,
     Kill,
     Row,
     Session,
@@ -136,7 +137,7 @@ def main() -> int:
     """Run the schedule; print the table; write ``results.json`` beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=72)
-    parser.add_argument("--per-session", type=int, default=6)
+    parser.add_argument("--per-session", type=int, default=len(VICTIMS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="start at this kill of the schedule")
     parser.add_argument("--parallel", type=int, default=1)
