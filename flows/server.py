@@ -124,7 +124,7 @@ def _comes_up(server: LocalServer) -> bool:
     begun = time.monotonic()
     told = False
     while server.alive():
-        if _healthy(server):
+        if _listens(server) and _healthy(server):
             return server.alive()
         waited = time.monotonic() - begun
         if waited > START_TIMEOUT_S:
@@ -164,6 +164,18 @@ def _settings() -> dict[str, str]:
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
         "DO_NOT_TRACK": "1",
     }
+
+
+def _listens(server: LocalServer) -> bool:
+    """Whether the server holds its port, and not another that was faster and answers there."""
+    port = int(server.url.rpartition(":")[2])
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(server.pid)
+        for member in [process, *process.children(recursive=True)]:
+            for connection in member.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
 
 
 def _healthy(server: LocalServer) -> bool:

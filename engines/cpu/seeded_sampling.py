@@ -12,8 +12,8 @@ import torch
 def install() -> None:
     """Make ``enable_deterministic_inference`` work on a CPU.
 
-    Call it once SGLang is imported, before its arguments are resolved, in the process whose forks
-    will sample.
+    Call it before SGLang's arguments are resolved, in each process that SGLang starts from nothing
+    or in the one that they are forks of.
     """
     from sglang.srt import batch_invariant_ops, server_args
     from sglang.srt.layers import sampler

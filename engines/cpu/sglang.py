@@ -57,8 +57,11 @@ def fork_subprocesses() -> None:
 
     They skip the imports, which are most of a CPU server's start (7 s instead of 16 s on one core).
     Call it once SGLang is imported and before the server is launched, in a process that computed
-    nothing yet and holds no CUDA context.
+    nothing yet. Does nothing on a machine with CUDA, which no fork of a process that asked for it
+    can use.
     """
+    if torch.cuda.is_available():
+        return
     from sglang.srt.entrypoints import engine
 
     configure = engine._set_envs_and_config

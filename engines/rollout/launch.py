@@ -26,9 +26,11 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 if ON_CPU and __name__ == "__mp_main__":
+    from rollflow.engines.cpu import seeded_sampling as _seeded_sampling
     from rollflow.engines.cpu import sglang as _cpu_support
 
     _cpu_support.install()
+    _seeded_sampling.install()
 
 
 def main() -> int:
