@@ -81,18 +81,19 @@ def evaluate(config: str, *words: Words, step: int | None = None, dry_run: bool 
 
 
 @app.command
-def demo(seed: int = 0, seconds_install: float = 0.0) -> None:
+def demo(seed: int = 0, seconds_install: float = 0.0, store: str = "") -> None:
     """Train a tiny model on arithmetic: supervised warm-up, then GRPO, all real parts, on a CPU.
 
     Parameters
     ----------
     seed: seed of data order, weights and sampling.
     seconds_install: seconds that the installation took, for the report.
+    store: where the runs are kept, e.g. s3://bucket/prefix.
     """
     ui = server.use_server()
     from .demo import run_demo
 
-    asyncio.run(run_demo(seed, seconds_install, ui, console))
+    asyncio.run(run_demo(seed, seconds_install, store, ui, console))
 
 
 @app.command

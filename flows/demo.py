@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rollflow.storage.config import StoreConfig
 from rollflow.tasks.checkpoint import checkpoint_weights
 
 from .arguments import load_config, recipes
@@ -19,16 +20,23 @@ FACTS = Path(".rollflow/demo.json")
 METRIC = "eval/heldout/reward"
 
 
-async def run_demo(seed: int, seconds_install: float, ui: str, console: Console) -> None:
-    """Make data and model, warm up, train, print what came out and write it to ``demo.json``."""
+async def run_demo(
+    seed: int, seconds_install: float, store: str, ui: str, console: Console
+) -> None:
+    """Make data and model, warm up, train, print what came out and write it to ``demo.json``.
+
+    Args:
+        store: URL where runs are kept; that of the recipes where it is empty.
+    """
     started = time.perf_counter()
     arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
-    warm, warm_config = await warm_up(f"{name}-sft", seed)
+    where = ("--store.url", store) if store else ()
+    warm, warm_config = await warm_up(f"{name}-sft", seed, *where)
     weights = await checkpoint_weights(warm_config.store, warm.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"
     config = load_config(
-        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path)
+        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path, *where)
     )
     summary = await train(config)
     facts = demo_facts(summary, seed, seconds_install, time.perf_counter() - started)
@@ -36,9 +44,9 @@ async def run_demo(seed: int, seconds_install: float, ui: str, console: Console)
     _print(config, facts, ui, console)
 
 
-async def warm_up(name: str, seed: int) -> tuple[RunSummary, RunConfig]:
+async def warm_up(name: str, seed: int, *words: str) -> tuple[RunSummary, RunConfig]:
     """Teach the format and some of the sums from labels, until about half is right."""
-    config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed))
+    config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed, *words))
     return await sft(config), config
 
 
@@ -85,10 +93,11 @@ def _print(config: RunConfig, facts: dict, ui: str, console: Console) -> None:
     console.print(f"Prefect UI:   {ui}  (stop it by: .venv/bin/rollflow down)")
     console.print(f"Facts:        {FACTS}")
     console.print("Look deeper:")
+    where = "" if config.store == StoreConfig() else f" --store {config.store.url}"
     for command in (
         f"rollouts ls {config.name}",
         f"rollouts show {config.name} --step 0",
         "runs ls",
     ):
-        console.print(f"  .venv/bin/rollflow {command}")
+        console.print(f"  .venv/bin/rollflow {command}{where}")
     console.print(f"  .venv/bin/tensorboard --logdir {facts['tensorboard']}")

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from rollflow.storage.audit import audit_run
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.lease import LeaseLostError, check_fence, newest_epoch
 from rollflow.storage.ledger import durable_groups
-from rollflow.storage.manifests import find_batch, read_table
+from rollflow.storage.manifests import batch_folder, find_batch, read_table
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
-from rollflow.storage.runs import open_run
+from rollflow.storage.runs import open_run, run_ref
 from rollflow.storage.schema import to_table
-from rollflow.storage.steps import read_steps
+from rollflow.storage.steps import read_steps, step_numbers
 
 ROLLFLOW = (sys.executable, "-m", "rollflow")
 DEADLINE_S = 240.0
@@ -59,6 +60,8 @@ PHASES = (
 
 CONFIG = """
 steps = {steps}
+[store]
+url = "{store}"
 [cluster]
 device = "cpu"
 [model]
@@ -136,10 +139,11 @@ def plan(seed: int, kills: int) -> list[Kill]:
     ]
 
 
-def prepare(folder: Path, steps: int) -> None:
-    """Data, model and settings of the sessions in ``folder``."""
+def prepare(folder: Path, steps: int, store: str = "") -> None:
+    """Data, model and settings of the sessions in ``folder``; their store unless one is given."""
     arithmetic.make(folder / "arithmetic")
-    (folder / "run.toml").write_text(CONFIG.format(steps=steps))
+    store = store or str(folder / ".rollflow/store")
+    (folder / "run.toml").write_text(CONFIG.format(steps=steps, store=store))
 
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
@@ -156,7 +160,8 @@ class Session:
 
     def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.folder, self.name = folder, name
-        self.store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+        settings = tomllib.loads((folder / "run.toml").read_text())
+        self.store = Store(StoreConfig(**settings["store"]))
         self.flow = start(folder, name, *words)
         self._durable: dict[str, str] = {}
 
@@ -257,14 +262,14 @@ class Session:
             self._durable |= _rows(to_table(samples))
 
     def _reached(self, kill: Kill) -> bool:
-        rollouts = self.folder / f".rollflow/store/runs/{self.name}/rollouts/step-{kill.step:06d}"
-        record = self.folder / f".rollflow/store/runs/{self.name}/steps/step-{kill.step:06d}.json"
+        run = run_ref(self.store, self.name)
         if kill.phase == "between shards":
-            return any(rollouts.glob("part-*.arrow"))
+            names = self.store.children(batch_folder(run, kill.step))
+            return any(name.startswith("part-") for name in names)
         if kill.phase == "after A":
-            return (rollouts / "manifest.json").exists()
+            return find_batch(self.store, run, kill.step) is not None
         if kill.phase == "after B":
-            return record.exists()
+            return kill.step in step_numbers(self.store, run)
         status = self.status()
         if status is None or status.step < kill.step:
             return False
@@ -276,8 +281,7 @@ class Session:
         return status.step > kill.step or status.phase in names.get(kill.phase, (kill.phase,))
 
     def _committed(self) -> int:
-        folder = self.folder / f".rollflow/store/runs/{self.name}/steps"
-        return len(list(folder.glob("step-*.json")))
+        return len(step_numbers(self.store, run_ref(self.store, self.name)))
 
     def _wait(self, condition, what: str) -> str:
         deadline = time.monotonic() + DEADLINE_S

@@ -36,13 +36,15 @@ def run_sessions(
     parallel: int = 1,
     first: int = 0,
     told: Callable[[list[Row]], None] = lambda rows: None,
+    store: str = "",
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
 
     ``first`` is the number in the schedule of the first of them.
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
-    ``told`` hears of all rows so far whenever a session has ended.
+    ``told`` hears of all rows so far whenever a session has ended. Runs are kept under ``store``,
+    in the folder of each session unless given.
     """
     steps = 1 + 2 * per_session
     schedule = plan(seed, first + kills)
@@ -55,9 +57,9 @@ def run_sessions(
     ]
 
     with ThreadPoolExecutor(parallel) as pool:
-        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps)
+        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps, store)
         sessions = [
-            pool.submit(_session, folder / f"kills-{number}", steps, group, baseline)
+            pool.submit(_session, folder / f"kills-{number}", steps, store, group, baseline)
             for number, group in enumerate(groups)
         ]
         rows: list[Row] = []
@@ -74,9 +76,9 @@ def write_results(file: Path, rows: list[Row]) -> None:
 
 
 @contextmanager
-def _prepared(folder: Path, steps: int) -> Iterator[Session]:
+def _prepared(folder: Path, steps: int, store: str) -> Iterator[Session]:
     folder.mkdir(parents=True)
-    prepare(folder, steps)
+    prepare(folder, steps, store and f"{store}/{folder.name}")
     session = Session(folder, "chaos")
     try:
         yield session
@@ -85,8 +87,8 @@ def _prepared(folder: Path, steps: int) -> Iterator[Session]:
         subprocess.run([*ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
 
 
-def _undisturbed(folder: Path, steps: int) -> dict:
-    with _prepared(folder, steps) as session:
+def _undisturbed(folder: Path, steps: int, store: str) -> dict:
+    with _prepared(folder, steps, store) as session:
         wrong = session.finish()
         if wrong:
             log = (folder / "chaos.log").read_text()[-3000:]
@@ -94,8 +96,10 @@ def _undisturbed(folder: Path, steps: int) -> dict:
         return log_of(session)
 
 
-def _session(folder: Path, steps: int, kills: list[Kill], baseline: Future[dict]) -> list[Row]:
-    with _prepared(folder, steps) as session:
+def _session(
+    folder: Path, steps: int, store: str, kills: list[Kill], baseline: Future[dict]
+) -> list[Row]:
+    with _prepared(folder, steps, store) as session:
         answers = [session.strike(kill) for kill in kills]
         return _judge(session, kills, answers, session.finish(), baseline.result())
 
@@ -142,6 +146,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="start at this kill of the schedule")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep logs and stores here")
+    parser.add_argument("--store", default="", help="URL under which the runs are kept")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     options = parser.parse_args()
     console = Console()
@@ -155,6 +160,7 @@ def main() -> int:
         options.parallel,
         options.first,
         lambda so_far: write_results(options.output, so_far),
+        options.store,
     )
     write_results(options.output, rows)
     table = Table(

@@ -89,6 +89,17 @@ def test_a_fork_goes_on_from_a_checkpoint_by_other_settings(derive_folder, store
     assert rollflow("lineage", "forked", "step-000001", "--ids").count("\n") == 32
 
 
+def test_batches_are_generated_without_a_trainer_by_the_weights_of_a_run(derive_folder, stored):
+    _, rollflow = derive_folder
+    weights = ("--weights-of", "source", "--step", "0")
+    told = rollflow("rollout", "run.toml", "--name", "generated", "--steps", "1", *weights)
+    assert "1 batches" in told
+    rows = stored("generated").samples().to_pylist()
+    assert len(rows) == 16
+    assert all(r["rollout_logprobs"] and r["reward"] is not None for r in rows)
+    assert rollflow("lineage", "generated", f"{rows[0]['group_id']}#{rows[0]['index']}")
+
+
 def test_what_a_checkpoint_and_a_sample_came_from_is_told(derive_folder, stored):
     _, rollflow = derive_folder
     assert rollflow("lineage", "source", "step-000001", "--ids").count("\n") == 32
