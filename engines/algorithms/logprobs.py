@@ -1,7 +1,9 @@
 """Log-probability and entropy of target tokens, from logits that may be split over ranks.
 
 Softmax in float32 needs several times the memory of bfloat16 logits. So the work is done in chunks
-of tokens, and the backward pass makes the softmax again from the kept log-normaliser.
+of tokens, and the backward pass makes the softmax again from the kept log-normaliser. That is kept
+as its two parts, the highest logit and the rest: their sum would be rounded in proportion to the
+logits, and every probability with it.
 """
 
 from collections.abc import Callable
@@ -82,12 +84,12 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx: Any, logits_TV: Tensor, targets_T: Tensor, split: _Split
     ) -> tuple[Tensor, Tensor]:
         tokens = logits_TV.shape[0]
-        results_3T = logits_TV.new_empty((3, tokens), dtype=torch.float32)
+        results_4T = logits_TV.new_empty((4, tokens), dtype=torch.float32)
         for start in range(0, tokens, split.chunk_tokens):
             rows = slice(start, start + split.chunk_tokens)
-            results_3T[:, rows] = _forward_chunk(logits_TV[rows], targets_T[rows], split)
-        logprobs_T, entropy_T, normaliser_T = (row_T.clone() for row_T in results_3T)
-        ctx.save_for_backward(logits_TV, targets_T, normaliser_T, entropy_T)
+            results_4T[:, rows] = _forward_chunk(logits_TV[rows], targets_T[rows], split)
+        logprobs_T, entropy_T, highest_T, log_total_T = (row_T.clone() for row_T in results_4T)
+        ctx.save_for_backward(logits_TV, targets_T, highest_T, log_total_T, entropy_T)
         ctx.set_materialize_grads(False)
         ctx.split = split
         return logprobs_T, entropy_T
@@ -97,18 +99,19 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs_T: Tensor | None, grad_entropy_T: Tensor | None
     ) -> tuple[Tensor, None, None]:
-        logits_TV, targets_T, normaliser_T, entropy_T = cast(
-            tuple[Tensor, Tensor, Tensor, Tensor], ctx.saved_tensors
+        logits_TV, targets_T, highest_T, log_total_T, entropy_T = cast(
+            tuple[Tensor, Tensor, Tensor, Tensor, Tensor], ctx.saved_tensors
         )
         split = cast(_Split, ctx.split)
-        zeros_T = torch.zeros_like(normaliser_T)
+        zeros_T = torch.zeros_like(entropy_T)
         on_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
         on_entropy_T = zeros_T if grad_entropy_T is None else grad_entropy_T
         grad_TV = torch.empty_like(logits_TV)
         for start in range(0, logits_TV.shape[0], split.chunk_tokens):
             rows = slice(start, start + split.chunk_tokens)
             here_c, column_c = split.owned(targets_T[rows])
-            log_p_cV = split.scaled(logits_TV[rows]).sub_(normaliser_T[rows, None])
+            log_p_cV = split.scaled(logits_TV[rows]).sub_(highest_T[rows, None])
+            log_p_cV.sub_(log_total_T[rows, None])
             p_cV = log_p_cV.exp()
             log_p_cV.masked_fill_(p_cV == 0, 0.0).add_(entropy_T[rows, None])
             log_p_cV.mul_(on_entropy_T[rows, None]).add_(on_logprobs_T[rows, None])
@@ -119,7 +122,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _forward_chunk(logits_cV: Tensor, targets_c: Tensor, split: _Split) -> Tensor:
-    """[log-probability, entropy, log-normaliser] of each token of a chunk, [3, c]."""
+    """[log-probability, entropy, highest logit, log-normaliser less it] of each token, [4, c]."""
     scaled_cV = split.scaled(logits_cV)
     highest_c = scaled_cV.amax(dim=1)
     if split.all_reduce:
@@ -137,4 +140,4 @@ def _forward_chunk(logits_cV: Tensor, targets_c: Tensor, split: _Split) -> Tenso
     total_c, weighted_c, target_c, owners_c = sums_4c.unbind()
     log_total_c = total_c.log()
     logprob_c = (target_c - log_total_c).masked_fill(owners_c == 0, torch.nan)
-    return torch.stack([logprob_c, log_total_c - weighted_c / total_c, highest_c + log_total_c])
+    return torch.stack([logprob_c, log_total_c - weighted_c / total_c, highest_c, log_total_c])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollflow.engines.algorithms.advantages import group_advantages
+from rollflow.engines.algorithms.advantages import group_advantages, leave_one_out_advantages
 
 rewards_and_groups = st.lists(
     st.tuples(
@@ -57,6 +57,27 @@ def test_a_right_answer_among_wrong_ones_stands_out():
     got = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), ["g"] * 4)
     assert got.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
     assert got.dtype == torch.float32
+
+
+def test_siblings_of_an_episode_count_once_by_the_mean_of_their_rewards():
+    rewards, episodes = torch.tensor([1.0, 0.0, 0.0, 0.25]), ["a", "a", "b", "b"]
+    mean = (0.5 + 0.125) / 2
+    got = group_advantages(rewards, ["g"] * 4, episodes, normalize_std=False)
+    assert got.tolist() == [1 - mean, -mean, -mean, 0.25 - mean]
+    others = leave_one_out_advantages(rewards, ["g"] * 4, episodes)
+    assert others.tolist() == [1 - 0.125, -0.125, -0.5, 0.25 - 0.5]
+
+
+@pytest.mark.parametrize("advantages", [group_advantages, leave_one_out_advantages])
+def test_an_episode_of_the_same_name_in_another_group_is_another_episode(advantages):
+    rewards, groups = torch.tensor([1.0, 0.0, 1.0, 0.5]), ["g", "g", "h", "h"]
+    same = advantages(rewards, groups, ["a", "b", "a", "b"])
+    assert same.tolist() == advantages(rewards, groups, ["a", "b", "c", "d"]).tolist()
+
+
+def test_an_episode_alone_in_its_group_has_no_other_to_be_compared_with():
+    got = leave_one_out_advantages(torch.tensor([1.0, 0.0]), ["g", "g"], ["a", "a"])
+    assert got.tolist() == [0.0, 0.0]
 
 
 def test_a_group_id_too_few_is_refused():

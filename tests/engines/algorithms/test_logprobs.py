@@ -68,6 +68,16 @@ def test_the_gradient_equals_autograd_through_log_softmax_however_it_is_chunked(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 4.0, 16.0])
+def test_the_gradient_is_as_exact_as_float32_is_however_large_the_logits(size):
+    logits, targets, weights = random_case(9, 200, 50)
+    logits = size * (logits + 8)
+    weights[1] = 0
+    found = gradient(logits, weights, lambda x: target_logprobs(x, targets)).double()
+    exact = gradient(logits.double(), weights, lambda x: by_log_softmax(x, targets, 1.0))
+    assert (found - exact).norm() / exact.norm() < 2e-7
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_each_result_alone_has_its_gradient(which):
     logits, targets, _ = random_case(3, 5, 7)

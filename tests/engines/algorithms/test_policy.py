@@ -88,7 +88,7 @@ class Batch:
         self.config = config
         self.masks = [torch.tensor(mask) for mask in masks]
         self.episodes = [f"e{int(torch.randint(3, (), generator=draw))}" for _ in masks]
-        self.groups = [f"g{episode}"[:2] for episode in self.episodes]
+        self.groups = [f"g{int(torch.randint(2, (), generator=draw))}" for _ in masks]
         self.rewards = [float(torch.randint(3, (), generator=draw)) for _ in masks]
         self.columns = []
         for mask in masks:
