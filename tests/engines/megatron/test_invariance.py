@@ -128,8 +128,10 @@ def reference(path, config, samples, dtype):
     log_p = model(padded, attention_mask=real.long()).logits.log_softmax(-1)
     rows = [trained_tokens(s, log_p[i]) for i, s in enumerate(samples)]
     with_advantages(config, samples, rows)
-    scalar.reduced(config, rows, [s.episode_id for s in samples]).backward()
-    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    loss = scalar.reduced(config, rows, [s.episode_id for s in samples])
+    names, weights = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(torch.as_tensor(loss), weights)
+    return {name: gradient.numpy() for name, gradient in zip(names, gradients, strict=True)}
 
 
 def trained_tokens(sample, log_p):
