@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference recipes trl check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference recipes trl mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,9 @@ recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through t
 
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
+
+mutants: $(INSTALLED)   ## Break the algorithms in 89 ways; a test must notice each (3 minutes)
+	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL) -r requirements-trl.lock; \

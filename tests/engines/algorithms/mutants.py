@@ -1,147 +1,11 @@
-"""Mistakes that the algorithms could have. Each is one piece of text put in the place of another.
+"""Mistakes that the algorithms could have; ``mutate`` makes them, and a test must fail on each."""
 
-``mutate`` makes them, one at a time; a test of this folder must fail on each.
-"""
-
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """``old`` stands exactly once in ``file`` of engines/algorithms; the mutant has ``new`` there."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-
-
-def _of(file: str, *changes: tuple[str, str, str]) -> list[Mutant]:
-    return [Mutant(name, file, old, new) for name, old, new in changes]
-
+from tests.engines.algorithms.mutant import mutants_of
+from tests.engines.algorithms.mutants_of_advantages import ADVANTAGES
 
 MUTANTS = [
-    *_of(
-        "advantages.py",
-        (
-            "GRPO: sign flipped",
-            "rewards_N.double() - mean_G[groups.group_N]",
-            "mean_G[groups.group_N] - rewards_N.double()",
-        ),
-        (
-            "GRPO: mean of the neighbour's group",
-            "- mean_G[groups.group_N]",
-            "- mean_G[groups.group_N.roll(1)]",
-        ),
-        (
-            "GRPO: std of the neighbour's group",
-            "_STD_EPSILON)[groups.group_N]",
-            "_STD_EPSILON)[groups.group_N.roll(1)]",
-        ),
-        (
-            "GRPO: biased std",
-            "groups.sum(centred_E.square()) / (groups.size_G - 1).clamp(min=1)",
-            "groups.sum(centred_E.square()) / groups.size_G",
-        ),
-        (
-            "GRPO: divided by the variance",
-            "(variance_G.sqrt() + _STD_EPSILON)",
-            "(variance_G + _STD_EPSILON)",
-        ),
-        (
-            "GRPO: rounding left in a group of equal rewards",
-            "advantages_N.masked_fill(groups.all_equal_N, 0.0).to",
-            "advantages_N.to",
-        ),
-        (
-            "Siblings of an episode counted one by one",
-            "named = range(len(groups_N)) if episodes_N is None else episodes_N",
-            "named = range(len(groups_N))",
-        ),
-        (
-            "Episodes of one name taken for one in different groups",
-            "_numbered(list(zip(groups_N, named, strict=True)), device)",
-            "_numbered(list(named), device)",
-        ),
-        (
-            "An episode's reward is its siblings' sum",
-            "index_add(0, episode_N, rewards) / siblings_E",
-            "index_add(0, episode_N, rewards)",
-        ),
-        (
-            "RLOO: the baseline is the whole group's mean",
-            "[groups.group_E] - groups.rewards_E\n"
-            "    others_E = others_E / (groups.size_G - 1).clamp(min=1)[groups.group_E]",
-            "[groups.group_E]\n    others_E = others_E / groups.size_G[groups.group_E]",
-        ),
-        (
-            "RLOO: sign flipped",
-            "rewards_N.double() - others_E[groups.episode_N]",
-            "others_E[groups.episode_N] - rewards_N.double()",
-        ),
-        (
-            "RLOO: a lone episode keeps its whole reward",
-            "masked_fill(alone_N | groups.all_equal_N, 0.0)",
-            "masked_fill(groups.all_equal_N, 0.0)",
-        ),
-    ),
-    *_of(
-        "returns.py",
-        (
-            "REINFORCE++, PPO: the reward at every token",
-            "rewards_T = rewards_T.masked_fill(~last_T, 0.0)",
-            "rewards_T = rewards_T.clone()",
-        ),
-        (
-            "REINFORCE++, PPO: the KL is a reward",
-            "rewards_T - penalties_T",
-            "rewards_T + penalties_T",
-        ),
-        ("GAE: lambda dropped", "segments_T, gamma * lam)", "segments_T, gamma)"),
-        ("GAE: gamma dropped", "gamma * following(", "following("),
-        (
-            "GAE: value not subtracted",
-            "following(values_T, segments_T) - values_T",
-            "following(values_T, segments_T)",
-        ),
-        (
-            "GAE: the return is the advantage",
-            "return advantages_T, advantages_T + values_T",
-            "return advantages_T, advantages_T",
-        ),
-        ("Whitening: biased variance", "(second[1] - 1).clamp", "second[1].clamp"),
-        ("Whitening: mean left in", "((a.double() - mean) / scale)", "(a.double() / scale)"),
-        (
-            "Whitening: of each rank by itself",
-            'all_reduce(sums, "sum")',
-            'all_reduce(sums.clone(), "sum")',
-        ),
-        ("Whitening: mask ignored", "[a.double()[k] for a, k", "[a.double() for a, _"),
-    ),
-    *_of(
-        "segments.py",
-        (
-            "Last token shifted to the first",
-            "last_T[:-1] = segments_T[1:] != segments_T[:-1]",
-            "last_T[1:] = segments_T[1:] != segments_T[:-1]",
-        ),
-        (
-            "GAE: bootstrapped from the next sample",
-            "next_T.masked_fill(is_last(segments_T), 0.0)",
-            "next_T",
-        ),
-        (
-            "Returns run on into the next sample",
-            "later = sums_T[span:] * same",
-            "later = sums_T[span:]",
-        ),
-        ("Returns: discount not compounded", "2 * span, factor * factor", "2 * span, factor"),
-        (
-            "GSPO: the ratio is the product, not its root",
-            "segment_sum(values_T, segments_T) / tokens_T",
-            "segment_sum(values_T, segments_T)",
-        ),
-    ),
-    *_of(
+    *ADVANTAGES,
+    *mutants_of(
         "kl.py",
         (
             "KL: policy and reference swapped",
@@ -170,7 +34,7 @@ MUTANTS = [
             "log_ratio_T",
         ),
     ),
-    *_of(
+    *mutants_of(
         "losses.py",
         (
             "Clip: sign flipped",
@@ -180,7 +44,7 @@ MUTANTS = [
         (
             "Clip: old and new policy swapped",
             "token_log_ratio_T = logprobs_T - old_logprobs_T.detach()",
-            "token_log_ratio_T = old_logprobs_T - logprobs_T.detach()",
+            "token_log_ratio_T = old_logprobs_T.detach() - logprobs_T",
         ),
         (
             "Clip: dropped",
@@ -256,7 +120,7 @@ MUTANTS = [
         ),
         ("SFT: sign flipped", "return -logprobs_T", "return logprobs_T"),
     ),
-    *_of(
+    *mutants_of(
         "importance.py",
         (
             "Correction: trainer and rollout swapped",
@@ -310,7 +174,7 @@ MUTANTS = [
             "distance_T = rollout_logprobs_T.detach() - logprobs_T.detach()",
         ),
     ),
-    *_of(
+    *mutants_of(
         "policy.py",
         (
             "Correction: importance weight missing",
@@ -373,7 +237,7 @@ MUTANTS = [
             '"train/clipfrac_low": mean_of(policy.clipped_T & (log_ratio_T > 0))',
         ),
     ),
-    *_of(
+    *mutants_of(
         "reduction.py",
         (
             "Token reduction: by samples",
@@ -407,7 +271,7 @@ MUTANTS = [
         ),
         ("Shifted mask", "[mask.float() * weight for", "[mask.float().roll(1) * weight for"),
     ),
-    *_of(
+    *mutants_of(
         "logprobs.py",
         (
             "Log-probability: the gradient forgets the temperature",
@@ -436,7 +300,7 @@ MUTANTS = [
             "log_p_cV.mul_(-on_entropy_T[rows, None])",
         ),
     ),
-    *_of(
+    *mutants_of(
         "mismatch.py",
         (
             "Mismatch: the KL of the other direction",
@@ -444,7 +308,7 @@ MUTANTS = [
             'kl_estimate(trainer_T, rollout_T, "k3")',
         ),
     ),
-    *_of(
+    *mutants_of(
         "diagnostics.py",
         (
             "Diagnostics: dead prompts are the solved ones",
@@ -452,7 +316,7 @@ MUTANTS = [
             "sum(best > 0 for best in flat)",
         ),
     ),
-    *_of(
+    *mutants_of(
         "config.py",
         (
             "DAPO: no higher upper bound",

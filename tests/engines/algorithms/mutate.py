@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.algorithms.mutants import MUTANTS, Mutant
+from tests.engines.algorithms.mutant import Mutant
+from tests.engines.algorithms.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[3]
 TESTS = Path(__file__).parent
