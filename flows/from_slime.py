@@ -33,6 +33,7 @@ RENAMED: dict[str, str] = {
     "save": "store.url",
     "ref-load": "trainer.ref_load",
 }
+"""slime's word -> our setting, where the value stays what it is."""
 IMPLIED = {
     "use-dynamic-batch-size": "micro-batches are always packed by tokens",
     "balance-data": "data parallel ranks are always balanced, by FLOPs",
