@@ -26,7 +26,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	echo $$(($$(date +%s) - start)) > $@
 
 demo: $(INSTALLED)      ## Train a tiny model on arithmetic, end to end, on this machine
-	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED)) $(if $(STORE),--store $(STORE))
+	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
 test: $(INSTALLED) s3-servers  ## Run the whole test suite
 	@$(BIN)/pytest -n 2 --dist loadfile
