@@ -26,10 +26,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	echo $$(($$(date +%s) - start)) > $@
 
 demo: $(INSTALLED)      ## Train a tiny model on arithmetic, end to end, on this machine
-	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED)) $(if $(STORE),--store $(STORE))
+	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
 test: $(INSTALLED) s3-servers  ## Run the whole test suite
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slow S3 server too (5 minutes)
 	@ROLLFLOW_TEST_STORES="file memory rclone moto" $(BIN)/pytest tests/storage
@@ -59,7 +59,7 @@ check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the 
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-chaos: $(INSTALLED)     ## Kill processes of a training 72 times and judge each recovery (about an hour)
+chaos: $(INSTALLED)     ## Kill processes of a training 72 times and judge each recovery (40 minutes)
 	@$(BIN)/python -m tests.chaos.run
 
 bench: $(INSTALLED) s3-servers      ## Print where an iteration's time goes

@@ -13,7 +13,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -64,8 +64,8 @@ def stored_settings(store_url: str, run: str) -> dict[str, Any]:
 def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """``tree`` with ``--key value`` and ``--key=value`` words laid over it.
 
-    Values are TOML literals (``0.5``, ``true``, ``[1, 2]``); anything else is text. A key without
-    a value is ``true``.
+    Values are TOML literals (``0.5``, ``true``, ``[1, 2]``); anything else is text. A list may also
+    be given word by word. A key without a value is ``true``.
     """
     result = _copy(tree)
     rest = list(words)
@@ -74,16 +74,32 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise ValueError(f"{word!r} stands where a --setting is expected")
         key, given, value = word[2:].partition("=")
-        if not given:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        *tables, last = place_of(key)
+        path = place_of(key)
+        *tables, last = path
+        values = [value] if given else _taken(rest, many=_item_of(path) is not None)
         place = result
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--{key}: {table} is not a table")  # noqa: TRY004
-        place[last] = value if _is_text([*tables, last], value) else literal(value)
+        place[last] = value_of(path, values)
     return result
+
+
+def value_of(path: Sequence[str], values: Sequence[str]) -> Any:
+    """What the words after a setting's name are as its value; none at all are ``true``.
+
+    Text where the setting is a text, and a list where it is one, by TOML (``["a", "b"]``) or word by
+    word (``a b``); any other word is a TOML literal.
+    """
+    if not values:
+        return True
+    item = _item_of(path)
+    if item is not None and not isinstance(literal(values[0]), list):
+        return [_plain(v) if item is str else literal(v) for v in values]
+    if len(values) > 1:
+        return [literal(v) for v in values]
+    return _plain(values[0]) if _is_text(path) else literal(values[0])
 
 
 def recipes() -> dict[str, Path]:
@@ -123,14 +139,39 @@ def _path_of(name: str, models: Sequence[type[BaseModel]], *, is_top: bool = Fal
     return []
 
 
-def _is_text(path: Sequence[str], value: str) -> bool:
-    """Whether a word is text as it stands, e.g. ``2026`` for ``name``; not where it is quoted."""
+def _taken(rest: list[str], *, many: bool) -> list[str]:
+    """Take the words that belong to a setting off the others: one, or all up to the next name."""
+    taken: list[str] = []
+    while rest and not rest[0].startswith("--") and (many or not taken):
+        taken.append(rest.pop(0))
+    return taken
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    found = _annotations(path)
+    return bool(found) and all(a is str for a in found)
+
+
+def _item_of(path: Sequence[str]) -> type | None:
+    """What a setting that is a list of plain values holds; None for any other."""
+    items = {a: get_args(a)[0] for a in _annotations(path) if get_origin(a) is list}
+    [item] = set(items.values()) if len(set(items.values())) == 1 else [None]
+    return item if item in (str, int, float) else None
+
+
+def _annotations(path: Sequence[str]) -> list[Any]:
+    """The types of the setting at ``path``: one, or one for each class that its table may be."""
     models: list[type[BaseModel]] = [RunConfig]
     for part in path[:-1]:
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [m for annotation in below for m in models_in(annotation)]
-    found = [m.model_fields[path[-1]].annotation for m in models if path[-1] in m.model_fields]
-    return bool(found) and all(a is str for a in found) and not value.startswith(("'", '"'))
+    last = path[-1] if path else ""
+    return [m.model_fields[last].annotation for m in models if last in m.model_fields]
+
+
+def _plain(text: str) -> Any:
+    """A word that is text as it stands, e.g. ``2026`` for ``name``; a quoted one as TOML reads it."""
+    return literal(text) if text.startswith(("'", '"')) else text
 
 
 def literal(text: str) -> Any:
@@ -149,6 +190,8 @@ def _explain(error: dict[str, Any]) -> str:
     """One line for one pydantic error: field, what is wrong, value or nearest name."""
     place = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
+        if (name := str(error["loc"][-1])) in SLIME_NAMES:
+            return f"{place} is slime's name, for the command line; here it is {SLIME_NAMES[name]}"
         names = _siblings(error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"

@@ -4,6 +4,7 @@ import inspect
 
 from cyclopts import App
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = App(name="hooks", help="Functions of your own.")
@@ -23,7 +24,8 @@ def check(path: str, kind: str = "") -> None:
     console = Console(soft_wrap=True)
     verdicts = check_hook(path, kind or None)
     for verdict in verdicts:
-        console.print(f"[green]{verdict.kind}[/]: {verdict.called_as}; gave {verdict.gave}")
+        said = escape(f"{verdict.called_as}; gave {verdict.gave}")
+        console.print(f"[green]{verdict.kind}[/]: {said}")
 
 
 @app.command(name="ls")
@@ -33,5 +35,5 @@ def list_hooks() -> None:
 
     table = Table("hook", "setting", "function")
     for name, (setting, example) in HOOKS.items():
-        table.add_row(name, setting, inspect.cleandoc(example))
+        table.add_row(name, setting, escape(inspect.cleandoc(example)))
     Console(soft_wrap=True).print(table)

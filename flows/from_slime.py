@@ -7,29 +7,14 @@ from typing import Any
 
 from rollflow.engines.megatron.config import MEGATRON_OWNED, megatron_settings
 
-from .arguments import literal
+from .arguments import literal, value_of
+from .config import SLIME_NAMES
 
 RENAMED: dict[str, str] = {
-    "hf-checkpoint": "model.path",
-    "prompt-data": "data.path",
-    "input-key": "data.prompt_key",
-    "label-key": "data.label_key",
-    "metadata-key": "data.metadata_key",
-    "apply-chat-template": "data.apply_chat_template",
+    **{name.replace("_", "-"): setting for name, setting in SLIME_NAMES.items()},
     "rollout-shuffle": "data.shuffle",
     "rollout-seed": "data.seed",
-    "rollout-max-prompt-len": "data.max_prompt_tokens",
-    "num-rollout": "steps",
     "rollout-batch-size": "rollout.batch_size",
-    "n-samples-per-prompt": "rollout.n_samples_per_prompt",
-    "rollout-max-response-len": "rollout.sampling.max_new_tokens",
-    "rollout-temperature": "rollout.sampling.temperature",
-    "rollout-top-p": "rollout.sampling.top_p",
-    "rollout-top-k": "rollout.sampling.top_k",
-    "rollout-stop": "rollout.sampling.stop",
-    "rollout-stop-token-ids": "rollout.sampling.stop_token_ids",
-    "custom-rm-path": "rollout.reward",
-    "custom-generate-function-path": "rollout.generate",
     "rollout-num-gpus-per-engine": "sglang.tp_size",
     "advantage-estimator": "algorithm.name",
     "eps-clip": "algorithm.eps_clip",
@@ -112,10 +97,10 @@ def from_slime(words: Sequence[str]) -> Translation:
     out = Translation()
     megatron = megatron_settings()
     for word, values in given.items():
-        value = _value(values)
+        value = value_of([], values)
         name = word.replace("-", "_")
         if word in RENAMED:
-            out.put(RENAMED[word], value)
+            out.put(RENAMED[word], value_of(RENAMED[word].split("."), values))
         elif word in IMPLIED:
             out.implied[word] = IMPLIED[word]
         elif word.startswith("sglang-"):
@@ -153,12 +138,6 @@ def _given(words: Sequence[str]) -> dict[str, list[str]]:
     return given
 
 
-def _value(values: list[str]) -> Any:
-    if not values:
-        return True
-    return literal(values[0]) if len(values) == 1 else [literal(v) for v in values]
-
-
 def _together(given: dict[str, list[str]], out: Translation) -> None:
     """What several words of slime's say together."""
 
@@ -182,7 +161,21 @@ def _together(given: dict[str, list[str]], out: Translation) -> None:
     _kl_and_reward(given, out)
     if "colocate" in given:
         out.missing["colocate"] = "servers and trainer do not share GPUs; give each their own"
+    if "partial-rollout" in given:
+        _partial(number("over-sampling-batch-size", 0) > number("rollout-batch-size", 32), out)
     _evals(given, number, out)
+
+
+def _partial(over_samples: bool, out: Translation) -> None:
+    """slime has no bound on how old a continued answer is, and cuts nothing without over-sampling."""
+    if over_samples:
+        out.put("rollout.max_staleness", 1)
+        out.missing["partial-rollout"] = (
+            "rollout.early_stop = true, and a bound that slime has not: rollout.max_staleness = 1"
+        )
+    else:
+        del out.tree["rollout"]["early_stop"]
+        out.implied["partial-rollout"] = "no more groups are begun than are trained on: none is cut"
 
 
 def _kl_and_reward(given: dict[str, list[str]], out: Translation) -> None:

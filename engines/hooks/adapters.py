@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rollflow.storage.buffer import Kept
@@ -28,6 +28,23 @@ def adapted(hook: Hook, kind: HookKind) -> Hook | None:
     return None if found is None else found(hook)
 
 
+def columns_asked(hook: Hook) -> list[str]:
+    """Columns of the data that a function with TRL's signature asks for by name."""
+    if "completions" not in _names(hook):
+        return []
+    required = [
+        name
+        for name, p in inspect.signature(hook).parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    return [name for name in required if name not in _TRL_GIVEN]
+
+
+_TRL_GIVEN = (
+    "prompts", "completions", "completion_ids", "label", "answer", "solution", "ground_truth",
+)  # fmt: skip
+
+
 def _names(hook: Hook) -> set[str]:
     try:
         return set(inspect.signature(hook).parameters)
@@ -42,15 +59,25 @@ def _trl_reward(hook: Hook) -> Hook:
 
         @_stands_for(hook)
         async def later(sample: Sample) -> Any:
-            return (await group([sample]))[0]
+            return _only(await group([sample]))
 
         return later
 
     @_stands_for(hook)
     def reward(sample: Sample) -> Any:
-        return group([sample])[0]
+        return _only(group([sample]))
 
     return reward
+
+
+def _only(rewards: Any) -> Any:
+    """TypeError where a function of TRL's gave no list."""
+    if not isinstance(rewards, Sequence) or isinstance(rewards, str) or len(rewards) != 1:
+        raise TypeError(
+            f"gave {rewards!r:.80} for 1 completion; a function with TRL's signature gives a list, a "
+            "number for each"
+        )
+    return rewards[0]
 
 
 def _trl_group_reward(hook: Hook) -> Hook:

@@ -2,19 +2,32 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from rollflow.storage.buffer import Kept
 from rollflow.storage.samples import Prompt, Sample, Status
 
-from .load import load_hook, parse_reward
+from .adapters import columns_asked
+from .load import find_hook, is_async, load_hook, parse_reward
 from .signatures import SIGNATURES, HookKind
 from .types import Completion, GenerateContext
 
 TIMEOUT_S = 30.0
-PROMPT = Prompt("train.jsonl:7", 7, "train.jsonl", "47+85=", "132", {"tests": ["assert True"]})
+COLUMNS = {
+    "tests": ["assert True"],
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+}
+"""What the rewards that come with rollflow look for in the data."""
+PROMPT = Prompt("train.jsonl:7", 7, "train.jsonl", "47+85=", "132", COLUMNS)
 KEPT = Kept("000002/train.jsonl:7", 2, "train.jsonl:7", 2, "cut")
 CONTEXT = GenerateContext(
     "example", 3, "000003/train.jsonl:7", 0, 11, {"temperature": 1.0, "max_new_tokens": 8}, 3
@@ -41,15 +54,65 @@ def check_function(path: str, kind: HookKind) -> Verdict:
     if kind not in _EXAMPLES:
         return Verdict(kind, _signature(hook), "nothing: it is called with tensors, not tried here")
     arguments, judge = _EXAMPLES[kind]
+    columns = columns_asked(find_hook(path, kind))
     try:
-        result = hook(*arguments())
-        if inspect.isawaitable(result):
-            result = asyncio.run(_bounded(result))
-        judge(result)
+        with _deadline():
+            result = hook(*_with_columns(arguments(), columns))
+            if inspect.isawaitable(result):
+                result = asyncio.run(_bounded(result))
+    except TimeoutError:
+        raise _misfit(path, kind, f"gave nothing within {TIMEOUT_S:g} s") from None
     except Exception as error:
-        expected = SIGNATURES[kind].example
-        raise ValueError(f"{path} does not fit {kind}: {error!r}; expected {expected}") from error
+        raise _misfit(path, kind, f"raised {error!r}{_place(error)}") from error
+    try:
+        judge(result)
+    except (TypeError, ValueError) as error:
+        raise _misfit(path, kind, str(error)) from error
     return Verdict(kind, _signature(hook), f"{result!r:.80}")
+
+
+def _misfit(path: str, kind: HookKind, what: str) -> ValueError:
+    return ValueError(
+        f"{path}, called with an example, {what}; expected {SIGNATURES[kind].example}"
+    )
+
+
+def _place(error: Exception) -> str:
+    """Where the function raised; empty where it was not entered."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/engines/hooks/" not in f[0]]
+    return f" (line {frames[-1].lineno} of {frames[-1].filename})" if frames else ""
+
+
+@contextmanager
+def _deadline() -> Iterator[None]:
+    """TimeoutError in what runs too long, even where it never gives control back."""
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, late)
+    timer = signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _with_columns(arguments: tuple[Any, ...], columns: Sequence[str]) -> tuple[Any, ...]:
+    """The example, with a column of the data for each that a function of TRL asks for by name."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(one) for one in value]
+        if isinstance(value, Sample):
+            return replace(value, metadata=dict.fromkeys(columns, value.label) | value.metadata)
+        return value
+
+    return tuple(filled(value) for value in arguments) if columns else arguments
 
 
 class _Characters:
@@ -91,8 +154,8 @@ async def _bounded(result: Any) -> Any:
 
 
 def _signature(hook: Callable[..., Any]) -> str:
-    kind = "async def" if inspect.iscoroutinefunction(hook) else "def"
-    return f"{kind} {getattr(hook, '__name__', type(hook).__name__)}"
+    kind = "async def" if is_async(hook) else "def"
+    return f"{kind} {getattr(hook, '__name__', f'{type(hook).__name__}.__call__')}"
 
 
 def _reward(result: Any) -> None:
@@ -100,9 +163,11 @@ def _reward(result: Any) -> None:
 
 
 def _rewards(result: Any) -> None:
-    rewards = [parse_reward(reward) for reward in result]
+    rewards = _items(result)
     if len(rewards) != 2:
-        raise ValueError(f"gave {len(rewards)} rewards for 2 samples")
+        raise TypeError(f"gave {result!r:.80} for 2 samples; give a list with a reward for each")
+    for reward in rewards:
+        parse_reward(reward)
 
 
 def _samples(result: Any) -> None:
@@ -117,22 +182,40 @@ def _verdict(result: Any) -> None:
 
 
 def _mask(result: Any) -> None:
-    if len(result) != 2 or not all(isinstance(verdict, bool) for verdict in result):
-        raise ValueError(f"gave {result!r:.80} for 2 samples; give True or False for each")
+    verdicts = _items(result)
+    if len(verdicts) != 2 or not all(isinstance(verdict, bool) for verdict in verdicts):
+        raise TypeError(f"gave {result!r:.80} for 2 samples; give a list of True or False for each")
 
 
 def _mapping(result: Any) -> None:
     if not isinstance(result, Mapping):
-        raise TypeError(f"gave {result!r:.80}; give a mapping")
+        raise TypeError(f"gave {result!r:.80}; give a mapping of names to values")
+
+
+def _shares(result: Any) -> None:
+    _mapping(result)
+    for name, share in result.items():
+        if not isinstance(share, int | float) or not 0 <= share < math.inf:
+            raise TypeError(f"gave {share!r} as the share of {name!r}; give a number from 0 on")
 
 
 def _number(result: Any) -> None:
-    float(result)
+    if not isinstance(result, Real) or math.isnan(result):
+        raise TypeError(f"gave {result!r:.80}; give a number")
 
 
 def _kept(result: Any) -> None:
-    if not all(isinstance(kept, Kept) for kept in result):
-        raise TypeError(f"gave {result!r:.80}; give some of the entries that it was given")
+    is_list = isinstance(result, Iterable) and not isinstance(result, str)
+    if not is_list or not all(kept == KEPT for kept in _items(result)):
+        raise TypeError(
+            f"gave {result!r:.120}; give a list of some of the entries that it was given, unchanged"
+        )
+
+
+def _items(result: Any) -> list[Any]:
+    """What a list holds, or anything like a list; empty where it is none."""
+    is_list = isinstance(result, Iterable) and not isinstance(result, str | Mapping)
+    return list(result) if is_list else []
 
 
 def _nothing(result: Any) -> None:
@@ -148,7 +231,7 @@ _EXAMPLES: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[Any], None]]
     "sampling": (lambda: (PROMPT, 3), _mapping),
     "priority": (lambda: (KEPT,), _number),
     "buffer_filter": (lambda: ([KEPT], 3), _kept),
-    "curriculum": (lambda: (3, {"train.jsonl": 1.0}), _mapping),
+    "curriculum": (lambda: (3, {"train.jsonl": 1.0}), _shares),
     "batch_samples": (lambda: (example_samples(), 3), _nothing),
     "eval_samples": (lambda: (example_samples(), 3), _nothing),
 }

@@ -28,12 +28,8 @@ def load_hook(path: str, kind: HookKind) -> Callable[..., Any]:
     A function with the signature that slime, TRL or verl gives to hooks of that kind is wrapped.
     Raises ValueError that says what is wrong and shows the signature that is expected.
     """
-    hook = _find(path, kind)
+    hook = find_hook(path, kind)
     expected = SIGNATURES[kind]
-    if inspect.isclass(hook):
-        raise _refusal(path, kind, "is a class; name a function, or an instance that is callable")
-    if not callable(hook):
-        raise _refusal(path, kind, f"is a {type(hook).__name__}, not a function")
     if (wrapped := adapted(hook, kind)) is not None:
         return wrapped
     try:
@@ -45,6 +41,18 @@ def load_hook(path: str, kind: HookKind) -> Callable[..., Any]:
         raise _refusal(path, kind, "is not async; write it as 'async def'")
     if is_async(hook) and not expected.may_be_async:
         raise _refusal(path, kind, "is async; write it as a plain 'def'")
+    return hook
+
+
+def find_hook(path: str, kind: HookKind | None = None) -> Callable[..., Any]:
+    """The function named ``path``, whatever its signature; ValueError where there is none."""
+    hook = _named(path, kind or "")
+    if inspect.isclass(hook):
+        raise _refusal(
+            path, kind or "", "is a class; name a function, or an instance that is callable"
+        )
+    if not callable(hook):
+        raise _refusal(path, kind or "", f"is of type {type(hook).__name__}, not a function")
     return hook
 
 
@@ -62,7 +70,7 @@ def hook_version(path: str) -> str:
     The whole file, because a grader changes when its neighbours do. Raises ValueError where the
     hook is not found or no file defines it.
     """
-    hook = _find(path, "hook")
+    hook = _named(path, "hook")
     module = inspect.getmodule(inspect.unwrap(hook)) if inspect.isroutine(hook) else None
     module = module or importlib.import_module(path.partition(":")[0])
     file = getattr(module, "__file__", None)
@@ -97,7 +105,7 @@ def _finite(name: str, value: object) -> float:
     return float(value)
 
 
-def _find(path: str, kind: str) -> Any:
+def _named(path: str, kind: str) -> Any:
     module_name, colon, name = path.partition(":")
     if not colon and kind != "hook":
         module_name, _, name = path.rpartition(".")  # as slime writes it: pkg.mod.fn
@@ -120,4 +128,4 @@ def _import(path: str, kind: str, module_name: str) -> ModuleType:
 
 def _refusal(path: str, kind: str, what: str) -> ValueError:
     expected = f"; expected {SIGNATURES[kind].example}" if kind in SIGNATURES else ""
-    return ValueError(f"{kind} hook {path!r} {what}{expected}")
+    return ValueError(f"{kind} hook {path!r} {what}{expected}".lstrip())

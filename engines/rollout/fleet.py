@@ -20,7 +20,7 @@ from rollflow.engines.platform import Device
 
 from .config import RolloutConfig
 from .router import Router
-from .server import POLL_S, ServerActor, ServerError, ServerInfo
+from .server import POLL_S, ServerActor, ServerEndedError, ServerError, ServerInfo
 from .server_args import deterministic_arguments, gpus_per_server
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
@@ -252,7 +252,7 @@ class Fleet:
             info = await self._when_up(slot)
             try:
                 await self._admit(slot, info)
-            except (aiohttp.ClientError, TimeoutError):
+            except (aiohttp.ClientError, TimeoutError, ServerEndedError):
                 await asyncio.sleep(POLL_S)  # it has just died: the watcher starts it again
             except RayError as error:
                 if self._exact:
@@ -275,8 +275,18 @@ class Fleet:
             slot.admitted = slot.info is info and version == self._version
 
     async def _register(self, slot: _Slot) -> None:
+        """Wait until the router finds the server healthy; ServerEndedError where it ends before."""
         assert slot.info is not None
-        await self.router.register(slot.info.url, START_TIMEOUT_S)
+        accepted = asyncio.ensure_future(self.router.register(slot.info.url, START_TIMEOUT_S))
+        end = asyncio.ensure_future(_result(slot.actor.wait_for_end.remote()))
+        try:
+            await asyncio.wait({accepted, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not accepted.done():
+                raise ServerEndedError(end.result())
+            accepted.result()
+        finally:
+            accepted.cancel()
+            end.cancel()
         slot.registered = True
 
     async def _load(self, info: ServerInfo, version: int) -> None:

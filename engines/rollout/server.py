@@ -23,6 +23,10 @@ class ServerError(RuntimeError):
     """An SGLang server did not start, ended or fell silent; the message has its log's last lines."""
 
 
+class ServerEndedError(ServerError):
+    """A server that had started ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
     """A server that answers, e.g. ``ServerInfo("http://127.0.0.1:21144", 4242, 21144)``."""

@@ -22,6 +22,8 @@ class Tally:
     equal_groups: int = 0
     """Groups whose scored samples all have one reward: nothing to learn from."""
     rewards: list[float] = field(default_factory=list[float])
+    parts: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    """Values of each named part of the rewards, of the samples that have it."""
     versions: set[int] = field(default_factory=set[int])
 
     def add(self, group: Sequence[Sample]) -> None:
@@ -38,9 +40,14 @@ class Tally:
             self.truncated += sample.status is Status.TRUNCATED
             self.failed += sample.status is Status.FAILED
             self.versions.update(sample.policy_versions)
+            for name, value in sample.reward_parts.items():
+                self.parts.setdefault(name, []).append(value)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Scalars under ``prefix``, e.g. ``rollout/reward``; rewards are absent where none is."""
+        """Scalars under ``prefix``, e.g. ``rollout/reward``; rewards are absent where none is.
+
+        ``rollout/reward_parts/format`` is the mean of that part over the samples that have it.
+        """
         samples = max(self.samples, 1)
         found = {
             "response_len": self.tokens / samples,
@@ -52,6 +59,8 @@ class Tally:
         if self.rewards:
             found["reward"] = statistics.fmean(self.rewards)
             found["reward_std"] = statistics.pstdev(self.rewards)
+        for name, values in self.parts.items():
+            found[f"reward_parts/{name}"] = statistics.fmean(values)
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
 

@@ -25,15 +25,13 @@ def load_trained_on(sample_filter: str, mask_stale: bool) -> TrainedOn | None:
 
 
 def without_stale(sample: Sample) -> Sample:
-    """The sample, trained on only where the newest weights that it has tokens of made them."""
-    if len(set(sample.policy_versions)) <= 1:
-        return sample
-    newest = max(sample.policy_versions)
-    mask = [
-        own and version == newest
-        for own, version in zip(sample.loss_mask, sample.policy_versions, strict=True)
-    ]
-    return replace(sample, loss_mask=mask)
+    """The sample, trained on only where the newest weights that it has tokens of made them.
+
+    Tokens that are masked already, e.g. a tool's answer, make no others stale.
+    """
+    tokens = list(zip(sample.loss_mask, sample.policy_versions, strict=True))
+    newest = max((version for own, version in tokens if own), default=None)
+    return replace(sample, loss_mask=[own and version == newest for own, version in tokens])
 
 
 def _kept(samples: list[Sample], verdicts: Sequence[bool], path: str) -> list[Sample]:

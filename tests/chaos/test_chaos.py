@@ -16,7 +16,7 @@ def test_the_schedule_is_the_same_for_the_same_seed_and_covers_every_pair():
 
 @pytest.mark.timeout(900)
 def test_a_killed_run_ends_with_the_weights_of_a_run_that_nobody_killed(tmp_path):
-    rows = run_sessions(tmp_path, seed=7, kills=3, per_session=3)
+    rows = run_sessions(tmp_path, seed=67, kills=3, per_session=3, parallel=2)
     for row in rows:
         assert row.recovered, row
         assert row.digest_equal, row

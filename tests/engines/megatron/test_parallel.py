@@ -66,7 +66,9 @@ class Expected:
     """
 
     def __init__(self, path, folder, make_samples):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, experts_implementation="eager"
+        )
         adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
         self.losses = []
         for step in range(STEPS):

@@ -31,6 +31,11 @@ def label_length(sample: Sample) -> dict[str, float]:
     return {"reward": float(len(sample.label or "")), "format": 1.0}
 
 
+def right_and_maybe_short(sample: Sample) -> dict[str, float]:
+    parts = {"reward": 1.0, "format": float(sample.index % 2)}
+    return parts | ({"short": 3.0} if sample.index == 2 else {})
+
+
 async def label_length_async(sample: Sample) -> float:
     await asyncio.sleep(0)
     return float(len(sample.label or ""))
@@ -227,6 +232,15 @@ async def test_failed_samples_count_but_have_no_part_in_the_mean_reward(tmp_path
     assert metrics["rollout/failed"] == 4.0
     assert metrics["rollout/zero_std_groups"] == 1.0
     assert metrics["rollout/response_len"] == 2.0
+
+
+async def test_each_named_part_of_the_rewards_has_its_mean_among_the_metrics(tmp_path: Path):
+    batch = Batch(tmp_path, plain, "right_and_maybe_short")
+    await batch.run(episodes(2, 4))
+    metrics = batch.collector.tally.metrics("rollout")
+    assert metrics["rollout/reward_parts/format"] == 0.5
+    assert metrics["rollout/reward_parts/short"] == 3.0  # of the samples that have it
+    assert metrics["rollout/reward"] == 1.0
 
 
 def test_a_batch_without_rewards_has_no_reward_metric():
