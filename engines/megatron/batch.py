@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rollflow.engines.algorithms.config import AlgorithmConfig, PolicyConfig
-from rollflow.engines.algorithms.policy import AdvantageFn, compute_outcomes, needs
+from rollflow.engines.algorithms.inputs import AdvantageFn
+from rollflow.engines.algorithms.policy import compute_outcomes, needs
 from rollflow.engines.algorithms.reduction import sample_weights
 from rollflow.storage.samples import TEACHER_LOGPROBS, Sample, Status
 

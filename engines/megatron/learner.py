@@ -6,7 +6,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rollflow.engines.algorithms.config import AlgorithmConfig
-from rollflow.engines.algorithms.policy import AdvantageFn, LossFn
+from rollflow.engines.algorithms.inputs import AdvantageFn, LossFn
 
 from .config import GatesConfig, TrainerConfig
 from .critic import Critic

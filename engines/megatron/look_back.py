@@ -8,9 +8,10 @@ from torch import Tensor
 
 from rollflow.engines.algorithms.config import PolicyConfig
 from rollflow.engines.algorithms.diagnostics import advantage_metrics
+from rollflow.engines.algorithms.inputs import AdvantageInputs
 from rollflow.engines.algorithms.metrics import Metrics
 from rollflow.engines.algorithms.mismatch import mismatch_metrics
-from rollflow.engines.algorithms.policy import AdvantageInputs, compute_advantages, needs
+from rollflow.engines.algorithms.policy import compute_advantages, needs
 from rollflow.engines.algorithms.returns import whiten
 
 from .batch import MicroBatch, Row

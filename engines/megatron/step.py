@@ -11,14 +11,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from rollflow.engines.algorithms.diagnostics import derive, group_metrics
+from rollflow.engines.algorithms.inputs import LossInputs, ValueInputs
 from rollflow.engines.algorithms.metrics import Metrics
-from rollflow.engines.algorithms.policy import (
-    LossInputs,
-    ValueInputs,
-    compute_loss,
-    compute_value_loss,
-    needs,
-)
+from rollflow.engines.algorithms.policy import compute_loss, compute_value_loss, needs
 from rollflow.storage.samples import Sample
 
 from .batch import Row, cut_mini_batches, make_micro_batches, make_rows, scored_rewards

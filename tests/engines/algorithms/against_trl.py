@@ -35,12 +35,8 @@ from rollflow.engines.algorithms.config import (
     GspoConfig,
     SftConfig,
 )
-from rollflow.engines.algorithms.policy import (
-    AdvantageInputs,
-    LossInputs,
-    compute_advantages,
-    compute_loss,
-)
+from rollflow.engines.algorithms.inputs import AdvantageInputs, LossInputs
+from rollflow.engines.algorithms.policy import compute_advantages, compute_loss
 from rollflow.engines.algorithms.reduction import token_weights
 
 B, L = 6, 9
