@@ -65,7 +65,7 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """``tree`` with ``--key value`` and ``--key=value`` words laid over it.
 
     Values are TOML literals (``0.5``, ``true``, ``[1, 2]``); anything else is text. A list may also
-    be given word by word. A key without a value is ``true``.
+    be given word by word. A switch without a value is ``true``.
     """
     result = _copy(tree)
     rest = list(words)
@@ -87,12 +87,15 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def value_of(path: Sequence[str], values: Sequence[str]) -> Any:
-    """What the words after a setting's name are as its value; none at all are ``true``.
+    """What the words after a setting's name are as its value; none are ``true``, for a switch.
 
-    Text where the setting is a text, and a list where it is one, by TOML (``["a", "b"]``) or word by
+    ValueError where there is none for a setting that is no switch. Text where the setting is a text, and a list where it is one, by TOML (``["a", "b"]``) or word by
     word (``a b``); any other word is a TOML literal.
     """
     if not values:
+        types = _annotations(path)
+        if types and bool not in types:
+            raise ValueError(f"{'.'.join(path)} has no value; give one after its name")
         return True
     item = _item_of(path)
     if item is not None and not isinstance(literal(values[0]), list):
@@ -154,9 +157,8 @@ def _is_text(path: Sequence[str]) -> bool:
 
 def _item_of(path: Sequence[str]) -> type | None:
     """What a setting that is a list of plain values holds; None for any other."""
-    items = {a: get_args(a)[0] for a in _annotations(path) if get_origin(a) is list}
-    [item] = set(items.values()) if len(set(items.values())) == 1 else [None]
-    return item if item in (str, int, float) else None
+    items = {get_args(a)[0] for a in _annotations(path) if get_origin(a) is list}
+    return next((item for item in (str, int, float) if items == {item}), None)
 
 
 def _annotations(path: Sequence[str]) -> list[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from rollflow.storage.buffer import Kept
 from rollflow.storage.samples import Prompt, Sample, Status
@@ -27,6 +27,10 @@ COLUMNS = {
     "kwargs": [{}],
 }
 """What the rewards that come with rollflow look for in the data."""
+TENSORS = ("advantage", "loss")
+"""Hooks whose functions are not called here: they fit by their signature alone."""
+OTHERS = {"args", "completions", "solution_str"}
+"""Arguments by which functions of slime, TRL and verl are known."""
 PROMPT = Prompt("train.jsonl:7", 7, "train.jsonl", "47+85=", "132", COLUMNS)
 KEPT = Kept("000002/train.jsonl:7", 2, "train.jsonl:7", 2, "cut")
 CONTEXT = GenerateContext(
@@ -69,6 +73,46 @@ def check_function(path: str, kind: HookKind) -> Verdict:
     except (TypeError, ValueError) as error:
         raise _misfit(path, kind, str(error)) from error
     return Verdict(kind, _signature(hook), f"{result!r:.80}")
+
+
+def check_any(path: str) -> list[Verdict]:
+    """Find out which hooks the function named ``path`` can be.
+
+    One whose arguments are named after a hook that it does not fit is refused, whatever else it
+    fits. Raises ValueError where it fits none, with what is wrong for each.
+    """
+    meant = _named_after(find_hook(path))
+    found: list[Verdict] = []
+    refused: dict[str, str] = {}
+    for name in cast(list[HookKind], [k for k in SIGNATURES if k not in TENSORS]):
+        try:
+            found.append(check_function(path, name))
+        except ValueError as error:
+            why = str(error).removeprefix(f"{name} hook {path!r} ").removeprefix(f"{path}, ")
+            refused[name] = f"  {name}: {why}"
+    if found and not (meant and meant <= refused.keys()):
+        return found
+    lines = [line for name, line in refused.items() if not meant or name in meant]
+    raise ValueError("\n".join([_heading(path, [v.kind for v in found]), *lines]))
+
+
+def _named_after(hook: Callable[..., Any]) -> set[str]:
+    """The hooks of which the function's arguments have most names; none for those of others."""
+    names = set(inspect.signature(hook).parameters)
+    shared = {kind: len(names & set(s.arguments)) for kind, s in SIGNATURES.items()}
+    most = max(shared.values())
+    if not most or names & OTHERS:
+        return set()
+    return {kind for kind, count in shared.items() if count == most and kind not in TENSORS}
+
+
+def _heading(path: str, fits: list[HookKind]) -> str:
+    if not fits:
+        return f"{path} fits no hook; 'rollflow hooks ls' shows how each looks"
+    return (
+        f"{path} can be called as {', '.join(fits)}, but its arguments are named as another hook's; "
+        "give --kind where that is meant"
+    )
 
 
 def _misfit(path: str, kind: HookKind, what: str) -> ValueError:

@@ -6,14 +6,7 @@ import sys
 import pytest
 
 from rollflow.flows.arguments import build_config, load_config, overlay, recipes
-
-BASE = {
-    "name": "run",
-    "steps": 3,
-    "model": {"path": "model"},
-    "data": {"path": "train.jsonl"},
-    "rollout": {"reward": "pkg.mod:fn"},
-}
+from tests.flows.least import BASE
 
 
 @pytest.mark.parametrize(
@@ -78,6 +71,8 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
         (["--stop", '{metric = "eval/x/reward", at_least = 1}'], "stop.metric"),
         (["steps", "3"], "'steps' stands where a --setting is expected"),
         (["--name", "a b"], "name = 'a b'"),
+        (["--steps"], "steps has no value"),
+        (["--data.path", "--steps", "3"], "data.path has no value"),
     ],
 )
 def test_a_mistake_is_refused_by_name(words, message):

@@ -1,9 +1,11 @@
 """Every setting can be looked up, and the arguments of a slime script become a file that loads."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from rollflow.flows import settings_reference
 from rollflow.flows.arguments import build_config
 from rollflow.flows.from_slime import from_slime, to_toml
 from rollflow.flows.settings_reference import diff, entries, explain, page, schema
@@ -98,6 +100,11 @@ def test_every_setting_of_ours_is_on_its_page_and_every_class_has_one():
     assert "| `tensor_model_parallel_size` | `int` | `1` |" in page("megatron")
     assert "cannot be set: servers listen on loopback" in page("sglang")
     assert "`policy`" in page("router")
+
+
+def test_the_page_of_our_settings_is_that_of_the_code_as_it_is():
+    written = Path(settings_reference.__file__).parent / "reference/rollflow.md"
+    assert written.read_text() == page("rollflow"), "write it by `make reference`"
 
 
 def test_the_schema_knows_the_names_that_are_passed_on():

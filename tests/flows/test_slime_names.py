@@ -9,14 +9,8 @@ from rollflow.engines.rollout.config import RolloutConfig
 from rollflow.flows.arguments import build_config, overlay
 from rollflow.flows.config import SLIME_NAMES, RunConfig
 from rollflow.flows.from_slime import from_slime, to_toml
+from tests.flows.least import BASE
 
-BASE = {
-    "name": "run",
-    "steps": 3,
-    "model": {"path": "model"},
-    "data": {"path": "train.jsonl"},
-    "rollout": {"reward": "pkg.mod:fn"},
-}
 CUT = ["--over-sampling-batch-size", "64", "--rollout-max-staleness", "1"]
 """What early stop needs beside it."""
 FLAGS: dict[str, tuple[list[str], str, Any]] = {
@@ -102,7 +96,7 @@ def test_under_a_table_of_ours_slimes_name_is_refused(name: str):
         (["--rollout-stop-token-ids", "eos"], "rollout.sampling.stop_token_ids.0 = 'eos'"),
         (["--num-rollout", "0"], "steps = 0"),
         (["--group-rm", "my.rm:score"], "rollout.group_reward = 'my.rm:score'"),
-        (["--custom-rm-path"], "rollout.reward = True"),
+        (["--custom-rm-path"], "rollout.reward has no value"),
     ],
 )
 def test_a_value_that_the_field_cannot_have_is_refused_by_our_name(words: list[str], message: str):

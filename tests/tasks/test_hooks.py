@@ -7,8 +7,9 @@ from typing import get_args
 
 import pytest
 
+from rollflow.engines.hooks.check import TENSORS
 from rollflow.engines.hooks.signatures import HookKind
-from rollflow.tasks.hooks import TENSORS, check_hook
+from rollflow.tasks.hooks import check_hook
 
 HERE = f"{__name__}"
 NUMBER = 3

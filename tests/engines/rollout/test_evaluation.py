@@ -103,3 +103,8 @@ async def test_each_dataset_has_its_own_n_reward_and_unbiased_pass_at_k(manager:
         assert b.metrics[f"eval/b/pass@{k}"] == pytest.approx(expected(k, 3, [1, 0]))
     assert b.metrics["eval/b/avg@3"] == pytest.approx((10 / 3 + 0) / 2)
     assert not any(name.startswith("eval/b") for name in a.metrics)
+
+
+def test_regular_evaluations_begin_after_the_delay():
+    config = EvalConfig(name="a", data=DataConfig(path="a.jsonl"), every=4, delay=6)
+    assert [step for step in range(14) if config.due(step)] == [8, 12]
