@@ -96,7 +96,7 @@ def test_under_a_table_of_ours_slimes_name_is_refused(name: str):
         (["--rollout-stop-token-ids", "eos"], "rollout.sampling.stop_token_ids.0 = 'eos'"),
         (["--num-rollout", "0"], "steps = 0"),
         (["--group-rm", "my.rm:score"], "rollout.group_reward = 'my.rm:score'"),
-        (["--custom-rm-path"], "rollout.reward has no value"),
+        (["--custom-rm-path"], "hooks.reward has no value"),
     ],
 )
 def test_a_value_that_the_field_cannot_have_is_refused_by_our_name(words: list[str], message: str):

@@ -130,7 +130,7 @@ WRONG = [
     ("reward", "takes_nothing", "cannot be called with (sample): too many positional arguments"),
     ("reward", "reward_with_label", "missing a required argument: 'label'"),
     ("reward", "reward_of_none", "returned reward = None; return a finite number"),
-    ("reward", "reward_that_raises", "has no attribute 'answer'\") (line 30 of "),
+    ("reward", "reward_that_raises", "has no attribute 'answer'\") (line 31 of "),
     ("group_reward", "one_reward", "gave 1.0 for 2 samples; give a list with a reward for each"),
     ("generate", "generates_nothing", "gave []; give a Sample or a list of them"),
     ("generate", "generates_at_once", "is not async; write it as 'async def'"),
