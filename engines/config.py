@@ -8,13 +8,13 @@ is found in milliseconds and on machines without torch.
 import ast
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Optional, Union
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rollflow.storage.config import Config
 
@@ -96,22 +96,39 @@ def _setting(name: str, statement: ast.AnnAssign, after: ast.stmt | None) -> Set
     )
 
 
-def check_names(
-    table: str, given: Iterable[str], known: frozenset[str], owned: Mapping[str, str]
+def check_table(
+    table: str, given: Mapping[str, Any], known: Mapping[str, Setting], owned: Mapping[str, str]
 ) -> None:
-    """Refuse names that ``known`` lacks (unless it is empty: not installed) or that we set ourselves.
+    """Refuse names that ``known`` lacks (unless it is empty: not installed) or that we set ourselves,
+    and values that are not of the type that their name was declared with.
 
     Args:
         table: name of the settings table, for the message.
         owned: name -> why it is not the user's to set, or what to set in its place.
 
     Raises:
-        ValueError: names the field and the nearest known one, or the right setting.
+        ValueError: names the field and the nearest known one, the right setting, or the type.
     """
-    for name in given:
+    for name, value in given.items():
         if name in owned:
             raise ValueError(f"{table}.{name} is set by rollflow: {owned[name]}")
         if known and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {table}.{near[0]}?" if near else ""
             raise ValueError(f"{table}.{name} is not a name that {table} knows{hint}")
+        if known and not _is_of_type(value, known[name].type):
+            raise ValueError(f"{table}.{name} = {value!r} is no {known[name].type}; give one")
+
+
+def _is_of_type(value: Any, declared: str) -> bool:
+    """Whether a value fits a declaration; True where that names a class which is not Python's own."""
+    plain = {"Any": Any, "Dict": dict, "List": list, "Literal": Literal, "Optional": Optional}
+    try:
+        adapter = TypeAdapter(eval(declared, {**plain, "Union": Union}))  # installed source
+    except NameError:
+        return True
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True

@@ -34,6 +34,8 @@ def load_config(path: str | Path, words: Sequence[str] = ()) -> RunConfig:
         ValueError: one line per mistake, each with field, value and fix.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"config file {str(path)!r} is a folder; give a TOML file in it")
     if not file.is_file():
         near = difflib.get_close_matches(file.stem, list(recipes()), n=1)
         hint = f"; did you mean {recipes()[near[0]]}?" if near else ""
@@ -198,6 +200,11 @@ def _explain(error: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
         return f"{place} is not a setting; {hint}"
+    if error["type"] == "union_tag_invalid":
+        tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "")
+        near = difflib.get_close_matches(tag, known.split(", "), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {known}"
+        return f"{place}.name = {tag!r} is none; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if not place or error["type"] == "missing" or CREDENTIALS in message:  # show no secret
         return f"{place}: {message}".removeprefix(": ")

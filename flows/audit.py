@@ -21,7 +21,7 @@ def audit_stored(url: str, name: str, console: Console) -> int:
         console.print(f"  left over, harmless: {leftover.url} ({leftover.reason})")
     for finding in report.findings:
         console.print(Text(f"  wrong: {finding.name}: {finding.reason}", style="red"))
-    console.print(f"{len(report.findings)} findings")
+    console.print(f"{len(report.findings)} finding{'' if len(report.findings) == 1 else 's'}")
     return len(report.findings)
 
 

@@ -5,13 +5,24 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App
 from rich.console import Console
 from rich.text import Text
 
+from rollflow.storage.integrity import ManifestError
+
 from . import cli_buffer, cli_config, cli_convert, cli_derive, cli_hooks, cli_look, server
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+DAMAGED = (
+    "`rollflow audit RUN` names every damaged object of a run: bring it back from a copy, or go on "
+    "from a checkpoint before it by `rollflow fork RUN --step STEP --into OTHER`"
+)
 
 app = App(
     name="rollflow",
@@ -36,7 +47,8 @@ def main() -> None:
         if os.environ.get("ROLLFLOW_TRACEBACK"):
             raise
         stderr = Console(stderr=True, soft_wrap=True)
-        stderr.print("[bold red]error:[/]", Text(str(error)), highlight=False)
+        text = f"{error}; {DAMAGED}" if isinstance(error, ManifestError) else str(error)
+        stderr.print("[bold red]error:[/]", Text(text), highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; `rollflow resume RUN` goes on from the log", file=sys.stderr)
@@ -52,7 +64,7 @@ def train(config: str, *words: Words, dry_run: bool = False) -> None:
     config: TOML file, or the name of a recipe.
     dry_run: print the resolved settings and stop.
     """
-    _run_flow("train", config, words, dry_run)
+    _run("train", config, words, dry_run)
 
 
 @app.command
@@ -64,7 +76,7 @@ def sft(config: str, *words: Words, dry_run: bool = False) -> None:
     config: TOML file, or the name of a recipe.
     dry_run: print the resolved settings and stop.
     """
-    _run_flow("sft", config, words, dry_run)
+    _run("sft", config, words, dry_run)
 
 
 @app.command
@@ -77,7 +89,7 @@ def evaluate(config: str, *words: Words, step: int | None = None, dry_run: bool 
     step: step of the checkpoint; the newest unless given.
     dry_run: print the resolved settings and stop.
     """
-    _run_flow("evaluate", config, words, dry_run, step=step)
+    _run("evaluate", config, words, dry_run, step=step)
 
 
 @app.command
@@ -121,12 +133,7 @@ def resume(run: str, *words: Words, store: StoreUrl = DEFAULT_STORE) -> None:
     """
     from .arguments import build_config, overlay, stored_settings
 
-    config = build_config(overlay(stored_settings(store, run), words))
-    ui = server.use_server()
-    from .show import print_summary
-    from .train import train as train_flow
-
-    print_summary(config, asyncio.run(train_flow(config)), ui, console)
+    _run_flow("train", build_config(overlay(stored_settings(store, run), words)))
 
 
 @app.command
@@ -169,7 +176,7 @@ def down() -> None:
     console.print("stopped" if server.stop() else "no local Prefect server runs")
 
 
-def _run_flow(
+def _run(
     name: str, path: str, words: tuple[str, ...], dry_run: bool, **options: int | None
 ) -> None:
     from .arguments import load_config, recipes
@@ -178,7 +185,16 @@ def _run_flow(
     if dry_run:
         console.print_json(json.dumps(config.model_dump(mode="json")))
         return
+    _run_flow(name, config, **options)
+
+
+def _run_flow(name: str, config: "RunConfig", **options: int | None) -> None:
+    """Run a flow; what it waits for is named before each wait that a busy machine makes long."""
+    from rollflow.tasks.checks import check_settings
+
+    check_settings(config)  # the flow does so too, once Prefect has taken it
     ui = server.use_server()
+    console.print(f"{config.name}: {name}, in Prefect at {ui}")
     from . import evaluate as evaluating
     from . import train as training
     from .show import print_summary

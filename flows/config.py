@@ -10,15 +10,15 @@ from rollflow.engines.megatron.config import (
     CheckpointConfig,
     GatesConfig,
     TrainerConfig,
-    check_megatron_names,
+    check_megatron,
 )
 from rollflow.engines.rollout.config import (
     SLIME_NAMES,
     EvalConfig,
     HooksConfig,
     RolloutConfig,
-    check_router_names,
-    check_sglang_names,
+    check_router,
+    check_sglang,
 )
 from rollflow.storage.config import Config, DataConfig, StoreConfig
 
@@ -77,10 +77,10 @@ class RunConfig(Config):
         return {"name": "grpo", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> "RunConfig":
-        check_megatron_names(self.megatron)
-        check_sglang_names(self.sglang)
-        check_router_names(self.router)
+    def _passed_on_is_known(self) -> "RunConfig":
+        check_megatron(self.megatron)
+        check_sglang(self.sglang)
+        check_router(self.router)
         return self
 
     @model_validator(mode="after")

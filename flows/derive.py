@@ -8,6 +8,7 @@ from prefect import flow
 from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.runs import Origin
 from rollflow.tasks.checkpoint import save_checkpoint
+from rollflow.tasks.checks import check_hooks
 from rollflow.tasks.commit import commit_step
 from rollflow.tasks.derive import (
     Source,
@@ -18,7 +19,7 @@ from rollflow.tasks.derive import (
     rescore_batch,
 )
 from rollflow.tasks.engines import Engines, restore_checkpoint, running_engines
-from rollflow.tasks.preflight import RunPlan, check_hooks, find_plan
+from rollflow.tasks.preflight import RunPlan, find_plan
 from rollflow.tasks.recovery import from_the_log, only_writer
 from rollflow.tasks.report import report
 from rollflow.tasks.train import train_step

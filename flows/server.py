@@ -106,13 +106,24 @@ def _ensure() -> LocalServer:
     Its record is written before it answers, so that whoever comes next finds it if we are killed.
     """
     HOME.mkdir(parents=True, exist_ok=True)
-    with FileLock(HOME / "server.lock", timeout=START_TIMEOUT_S):
+    with _lock():
         for attempt in range(STARTS):
             server = running() or _start(_first_port() if attempt == 0 else _any_port())
             if _comes_up(server):
                 return server
     tail = "\n".join(_log().read_text(errors="replace").splitlines()[-20:])
     raise RuntimeError(f"the Prefect server ended {STARTS} times before it answered:\n{tail}")
+
+
+def _lock() -> FileLock:
+    """The right to start the server, taken; who holds it starts one at this moment."""
+    lock = FileLock(HOME / "server.lock")
+    try:
+        lock.acquire(timeout=TELL_AFTER_S)
+    except Timeout:
+        print("waiting for another command that starts the Prefect server", file=sys.stderr)
+        lock.acquire(timeout=START_TIMEOUT_S)
+    return lock
 
 
 def _comes_up(server: LocalServer) -> bool:

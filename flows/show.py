@@ -30,7 +30,12 @@ BATCH_METRICS = (
 def print_runs(url: str, console: Console) -> None:
     """One line a run: steps, newest checkpoint, newest reward."""
     table = Table("run", "created", "steps", "checkpoint", "reward", "code", box=None)
-    for row in run_rows(Store(StoreConfig(url=url))):
+    store = Store(StoreConfig(url=url))
+    rows = run_rows(store)
+    if not rows:
+        console.print(f"no run in {store.root}; --store names another place", highlight=False)
+        return
+    for row in rows:
         table.add_row(
             row["name"],
             row["created_at"][:19],

@@ -38,7 +38,8 @@ async def sft(config: RunConfig) -> RunSummary:
 async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
     """Train from ``plan`` to the end; how it ended."""
     if plan.next_step >= config.steps:
-        return "finished already"
+        trained = f"{plan.next_step} steps are trained, steps = {config.steps}"
+        return f"finished already ({trained}; a larger one goes on)"
     progress.show("start engines")
     async with running_engines(config, plan) as engines:
         await progress.time("load checkpoint", restore_checkpoint(config, plan, engines))

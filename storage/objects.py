@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from . import s3
 from .config import StoreConfig
-from .refusals import explained, is_missing_bucket
+from .refusals import StoreRefused, explained, is_missing_bucket
 from .retries import with_retries
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Store:
         self._is_s3 = _protocol(self.root) in s3.PROTOCOLS
         # A cached listing would hide what another process has committed.
         self._options = {"use_listings_cache": False, **_fs_options(self.root, config.options)}
-        self._fs, _ = fsspec.url_to_fs(self.root, **self._options)
+        self._fs = _filesystem(self.root, self._options)
         self._local = isinstance(self._fs, LocalFileSystem)
         self._bulk = s3.BulkReader(config.options)
         if self._is_s3:
@@ -290,6 +290,20 @@ def normalised_url(url: str) -> str:
     if not rest.strip("/"):
         raise ValueError(f"url {url!r} names no place; give {scheme}://<bucket or folder>")
     return f"{scheme}://{rest.strip('/')}"
+
+
+def _filesystem(url: str, options: dict[str, Any]) -> Any:
+    try:
+        filesystem, _ = fsspec.url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
+        raise StoreRefused(
+            f"store.url = {url!r}: {error}; give a folder, s3://bucket/prefix or another URL of fsspec"
+        ) from error
+    if isinstance(filesystem, LocalFileSystem):
+        for place in (Path(url), *Path(url).parents):
+            if place.is_file():
+                raise StoreRefused(f"store.url = {url!r}: {place} is a file; give a folder")
+    return filesystem
 
 
 def _fs_options(url: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Find every mistake before an engine starts: settings, hooks, data, model, store, run."""
 
 import importlib.metadata
-import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +10,15 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from rollflow.engines.algorithms.config import own_function
-from rollflow.engines.hooks import load_hook
 from rollflow.engines.megatron.settings import PARALLEL
-from rollflow.engines.platform import detect
 from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
-from rollflow.storage.prompts import PromptSet, load_prompts
+from rollflow.storage.prompts import load_prompts
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.runs import Origin, create_run
 
+from .checks import check_settings, check_template
 from .settings import RunSettings
 
 PACKAGES = (
@@ -50,6 +47,8 @@ class RunPlan:
     run: RunRef
     next_step: int
     checkpoint: CheckpointRef | None
+    damaged: tuple[str, ...] = ()
+    """Newer checkpoints that are not used: the object that is damaged, and how."""
 
 
 @task(name="preflight", cache_policy=NO_CACHE)
@@ -61,10 +60,7 @@ async def preflight(config: RunSettings, origin: Origin | None = None) -> RunPla
     Raises:
         ValueError: names field, value and fix.
     """
-    check_platform(config)
-    check_hooks(config)
-    check_model(config)
-    check_parallel(config)
+    check_settings(config)
     store = Store(config.store)
     prompts = load_prompts(store, config.data)
     check_template("data", config.data, config.model.path, prompts)
@@ -94,12 +90,11 @@ def open_or_create(config: RunSettings, origin: Origin | None = None) -> RunRef:
 def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
     """Where the run stands now: its newest checkpoint that is whole, and the step after it.
 
-    Damaged checkpoints are named; the batches since the one taken are in the log.
+    The batches since that one are in the log.
     """
     checkpoint, damaged = newest_valid_checkpoint(Store(config.store), run)
-    for error in damaged:
-        print(f"{config.name}: a checkpoint is not used: {error}")
-    return RunPlan(run, checkpoint.step + 1 if checkpoint else 0, checkpoint)
+    next_step = checkpoint.step + 1 if checkpoint else 0
+    return RunPlan(run, next_step, checkpoint, tuple(str(error) for error in damaged))
 
 
 def identity(config: RunSettings) -> dict[str, Any]:
@@ -151,87 +146,6 @@ def code_revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def check_platform(config: RunSettings) -> None:
-    """The device exists and the dtype suits it."""
-    platform = detect(config.cluster.device)
-    if platform.device == "cpu" and config.model.dtype != "float32":
-        raise ValueError(
-            f"model.dtype = {config.model.dtype!r} on a CPU: use 'float32', or set cluster.device to 'cuda'"
-        )
-
-
-def check_hooks(config: RunSettings) -> None:
-    """Every hook can be imported and has the right signature."""
-    rollout = config.rollout
-    load_hook(rollout.reward, "group_reward" if rollout.group_reward else "reward")
-    if rollout.generate:
-        load_hook(rollout.generate, "generate")
-    for kind, path in config.hooks.named():
-        load_hook(path, kind)
-    if ":" in rollout.buffer.priority:
-        load_hook(rollout.buffer.priority, "priority")
-    for dataset in config.evals:
-        if dataset.reward:
-            load_hook(dataset.reward, "group_reward" if dataset.group_reward else "reward")
-        if dataset.generate:
-            load_hook(dataset.generate, "generate")
-    if path := own_function(config.algorithm, "advantage"):
-        load_hook(path, "advantage")
-    if path := own_function(config.algorithm, "loss"):
-        load_hook(path, "loss")
-
-
-def check_model(config: RunSettings) -> None:
-    """The model's folder holds what both engines need."""
-    folder = Path(config.model.path)
-    needed = ["config.json", "tokenizer_config.json"]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"model.path = {config.model.path!r} has no {missing[0]}; "
-            "give the folder of a Hugging Face checkpoint"
-        )
-    if not config.model.random_weights and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model.path = {config.model.path!r} has no *.safetensors; "
-            "add the weights or set model.random_weights = true"
-        )
-    architectures = json.loads((folder / "config.json").read_text()).get("architectures")
-    if not architectures:
-        raise ValueError(f"model.path = {config.model.path!r}: config.json names no architectures")
-
-
-def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet) -> None:
-    """Chat messages can be rendered: the template is asked for, and there is one."""
-    if data.apply_chat_template:
-        folder = Path(model)
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-        if not settings.get("chat_template") and not any(folder.glob("chat_template.*")):
-            raise ValueError(
-                f"{field}.apply_chat_template = true but the tokenizer in {model!r} has no chat template"
-            )
-    elif chat := next((p for p in prompts.prompts if not isinstance(p.prompt, str)), None):
-        raise ValueError(
-            f"{field}.apply_chat_template = false but prompt {chat.prompt_id} is a list of chat "
-            "messages; set it to true"
-        )
-
-
-def check_parallel(config: RunSettings) -> None:
-    """The ranks can be laid out as the ``[megatron]`` table asks."""
-    tensor, pipeline, context, expert = (int(config.megatron.get(n, 1)) for n in PARALLEL[:-1])
-    expert_tensor = int(config.megatron.get(PARALLEL[-1], tensor))
-    for words, width in (
-        ("tensor x pipeline x context", tensor * pipeline * context),
-        ("expert x expert tensor x pipeline", expert * expert_tensor * pipeline),
-    ):
-        if width < 1 or config.trainer.ranks % width:
-            raise ValueError(
-                f"trainer.ranks = {config.trainer.ranks} is no multiple of {width} ({words} "
-                "parallel size in [megatron]); change one of them"
-            )
 
 
 def _check_enough(field: str, data: DataConfig, rows: int, wanted: int) -> None:

@@ -100,6 +100,11 @@ async def from_the_log(
     while True:
         await asyncio.to_thread(clear_leftovers, store, lease.run)
         plan = await asyncio.to_thread(find_plan, config, lease.run)
+        for damage in plan.damaged:
+            _say(
+                f"{config.name}: a damaged checkpoint is not used: {damage}; the run goes on from an "
+                f"older one, step {plan.next_step}, and its log"
+            )
         try:
             return await work(plan)
         except (*LOST_ENGINE, StartError) as error:

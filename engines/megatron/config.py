@@ -1,11 +1,11 @@
 """Settings of the Megatron trainer that are ours; Megatron's own go into the ``[megatron]`` table."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
-from rollflow.engines.config import Setting, check_names, dataclass_settings
+from rollflow.engines.config import Setting, check_table, dataclass_settings
 from rollflow.storage.config import Config
 
 
@@ -108,6 +108,7 @@ def megatron_settings() -> dict[str, Setting]:
     return found
 
 
-def check_megatron_names(given: Iterable[str]) -> None:
-    """Refuse names that megatron-core's configuration classes lack or that rollflow owns."""
-    check_names("megatron", given, frozenset(megatron_settings()), MEGATRON_OWNED)
+def check_megatron(given: Mapping[str, Any]) -> None:
+    """Refuse names that megatron-core's configuration classes lack or rollflow owns, and values of a
+    wrong type."""
+    check_table("megatron", given, megatron_settings(), MEGATRON_OWNED)

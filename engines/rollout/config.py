@@ -1,11 +1,11 @@
 """Settings of the rollout side: generation, rewards, evaluation."""
 
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from rollflow.engines.config import Setting, check_names, dataclass_settings
+from rollflow.engines.config import Setting, check_table, dataclass_settings
 from rollflow.engines.hooks.signatures import HookKind
 from rollflow.storage.config import Config, DataConfig
 
@@ -245,11 +245,11 @@ def router_settings() -> dict[str, Setting]:
     return dataclass_settings("sglang_router", "router_args.py", "RouterArgs")
 
 
-def check_sglang_names(given: Iterable[str]) -> None:
-    """Refuse names that SGLang's ``ServerArgs`` lacks or that rollflow owns."""
-    check_names("sglang", given, frozenset(sglang_settings()), SGLANG_OWNED)
+def check_sglang(given: Mapping[str, Any]) -> None:
+    """Refuse names that SGLang's ``ServerArgs`` lacks or rollflow owns, and values of a wrong type."""
+    check_table("sglang", given, sglang_settings(), SGLANG_OWNED)
 
 
-def check_router_names(given: Iterable[str]) -> None:
-    """Refuse names that the router's ``RouterArgs`` lacks or that rollflow owns."""
-    check_names("router", given, frozenset(router_settings()), ROUTER_OWNED)
+def check_router(given: Mapping[str, Any]) -> None:
+    """Refuse names that the router's ``RouterArgs`` lacks or rollflow owns, and values of a wrong type."""
+    check_table("router", given, router_settings(), ROUTER_OWNED)

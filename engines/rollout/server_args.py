@@ -8,7 +8,7 @@ from typing import Any
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import Device
 
-from .config import check_router_names, check_sglang_names
+from .config import check_router, check_sglang
 
 CPU_KV_BYTES = 1 << 30
 CPU_KV_TOKENS = 1 << 16
@@ -22,7 +22,7 @@ def server_arguments(
     ``table`` is the user's ``[sglang]`` table; it overrides every default, the CPU's included.
     Raises ValueError for a name that SGLang lacks or that rollflow owns.
     """
-    check_sglang_names(table)
+    check_sglang(table)
     defaults: dict[str, Any] = {"log_level_http": "warning"}
     if model.random_weights:
         defaults["load_format"] = "dummy"
@@ -59,7 +59,7 @@ def router_arguments(
     ``table`` is the user's ``[router]`` table; it overrides every default. Raises ValueError for a
     name that the router lacks or that rollflow owns.
     """
-    check_router_names(table)
+    check_router(table)
     defaults = {
         "policy": "round_robin",
         "log_level": "warn",

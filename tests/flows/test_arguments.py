@@ -60,7 +60,12 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
         ),
         (["--rollout-batchsize", "3"], "did you mean 'batch_size'?"),
         (["--algorithm.eps_clp", "1"], "did you mean 'eps_clip'?"),
-        (["--algorithm.name", "grop"], "'grpo', 'dr_grpo'"),
+        (["--algorithm.name", "grop"], "algorithm.name = 'grop' is none; did you mean 'grpo'?"),
+        (["--algorithm.name", "xyz"], "known: grpo, dr_grpo"),
+        (["--megatron.lr", "abc"], "megatron.lr = 'abc' is no Optional[float]"),
+        (["--megatron.moe-token-dispatcher-type", "al"], "is no Literal['allgather', 'alltoall'"),
+        (["--sglang-mem-fraction-static", "much"], "sglang.mem_fraction_static = 'much' is no"),
+        (["--router-max-concurrent-requests", "1.5"], "max_concurrent_requests = 1.5 is no int"),
         (["--tensor-modl-parallel-size", "2"], "did you mean megatron.tensor_model_parallel_size?"),
         (["--sglang-mem-fraction", "1"], "did you mean sglang.mem_fraction_static?"),
         (["--router-polcy", "x"], "did you mean router.policy?"),
@@ -90,6 +95,16 @@ def test_every_mistake_is_listed_at_once():
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_is_a_valid_configuration(name):
     assert load_config(recipes()[name]).steps > 0
+
+
+def test_values_of_types_that_are_not_pythons_own_are_left_to_their_class():
+    words = ["--lr", "1", "--adam-beta1", "0.8", "--attention-backend", "local"]
+    assert build_config(overlay(BASE, words)).megatron["attention_backend"] == "local"
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(ValueError, match="is a folder; give a TOML file in it"):
+        load_config(tmp_path)
 
 
 def test_a_missing_file_is_named_with_the_nearest_recipe():

@@ -17,7 +17,10 @@ def tree(tmp_path):
         "steps": 3,
         "model": {"path": str(files.model), "random_weights": True},
         "data": {"path": str(files.train)},
-        "rollout": {"reward": "rollflow.engines.rewards.exact_match:exact_match"},
+        "rollout": {
+            "reward": "rollflow.engines.rewards.exact_match:exact_match",
+            "sampling": {"max_new_tokens": 16},
+        },
         "store": {"url": str(tmp_path / "store")},
     }
 
@@ -35,7 +38,13 @@ def tree(tmp_path):
         (["--data.prompt_key", "question"], "question"),
         (["--tensor-model-parallel-size", "2"], "trainer.ranks = 1 is no multiple of 2"),
         (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
-        (["--store.url", "nosuch://bucket"], "nosuch"),
+        (["--store.url", "nosuch://bucket"], "store.url = 'nosuch://bucket'"),
+        (["--store.url", f"{__file__}/store"], "test_preflight.py is a file; give a folder"),
+        (["--rollout.sampling.max_new_tokens", "512"], "rollout.sampling.max_new_tokens = 512"),
+        (
+            ["--sglang.context_length", "16", "--rollout.sampling.max_new_tokens", "16"],
+            "leaves no room for a prompt in the 16 tokens",
+        ),
     ],
 )
 async def test_a_mistake_is_named_before_any_engine_starts(tree, words, message):

@@ -1,0 +1,120 @@
+"""Find mistakes in a run's settings before anything is started, Prefect included."""
+
+import json
+from pathlib import Path
+
+from rollflow.engines.algorithms.config import own_function
+from rollflow.engines.hooks import load_hook
+from rollflow.engines.megatron.settings import PARALLEL
+from rollflow.engines.platform import detect
+from rollflow.storage.config import DataConfig
+from rollflow.storage.prompts import PromptSet
+
+from .settings import RunSettings
+
+
+def check_settings(config: RunSettings) -> None:
+    """Everything that can be checked without reading the data or writing to the store."""
+    check_platform(config)
+    check_hooks(config)
+    check_model(config)
+    check_lengths(config)
+    check_parallel(config)
+
+
+def check_platform(config: RunSettings) -> None:
+    """The device exists and the dtype suits it."""
+    platform = detect(config.cluster.device)
+    if platform.device == "cpu" and config.model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype = {config.model.dtype!r} on a CPU: use 'float32', or set cluster.device to 'cuda'"
+        )
+
+
+def check_hooks(config: RunSettings) -> None:
+    """Every hook can be imported and has the right signature."""
+    rollout = config.rollout
+    load_hook(rollout.reward, "group_reward" if rollout.group_reward else "reward")
+    if rollout.generate:
+        load_hook(rollout.generate, "generate")
+    for kind, path in config.hooks.named():
+        load_hook(path, kind)
+    if ":" in rollout.buffer.priority:
+        load_hook(rollout.buffer.priority, "priority")
+    for dataset in config.evals:
+        if dataset.reward:
+            load_hook(dataset.reward, "group_reward" if dataset.group_reward else "reward")
+        if dataset.generate:
+            load_hook(dataset.generate, "generate")
+    if path := own_function(config.algorithm, "advantage"):
+        load_hook(path, "advantage")
+    if path := own_function(config.algorithm, "loss"):
+        load_hook(path, "loss")
+
+
+def check_model(config: RunSettings) -> None:
+    """The model's folder holds what both engines need."""
+    folder = Path(config.model.path)
+    needed = ["config.json", "tokenizer_config.json"]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.path = {config.model.path!r} has no {missing[0]}; "
+            "give the folder of a Hugging Face checkpoint"
+        )
+    if not config.model.random_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model.path = {config.model.path!r} has no *.safetensors; "
+            "add the weights or set model.random_weights = true"
+        )
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures")
+    if not architectures:
+        raise ValueError(f"model.path = {config.model.path!r}: config.json names no architectures")
+
+
+def check_lengths(config: RunSettings) -> None:
+    """The longest answers fit into the model's context."""
+    folder = Path(config.model.path)
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    context = config.sglang.get("context_length") or positions
+    # A generate function of the user's own decides how long its requests are.
+    asked = [("rollout.sampling", config.rollout.sampling)] if not config.rollout.generate else []
+    asked += [(f"evals {e.name}: sampling", e.sampling) for e in config.evals if not e.generate]
+    for field, sampling in asked:
+        if context and sampling.max_new_tokens >= context:
+            raise ValueError(
+                f"{field}.max_new_tokens = {sampling.max_new_tokens} leaves no room for a prompt in "
+                f"the {context} tokens of the model's context (max_position_embeddings of "
+                f"{config.model.path!r}, or sglang.context_length); make it smaller"
+            )
+
+
+def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet) -> None:
+    """Chat messages can be rendered: the template is asked for, and there is one."""
+    if data.apply_chat_template:
+        folder = Path(model)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        if not settings.get("chat_template") and not any(folder.glob("chat_template.*")):
+            raise ValueError(
+                f"{field}.apply_chat_template = true but the tokenizer in {model!r} has no chat template"
+            )
+    elif chat := next((p for p in prompts.prompts if not isinstance(p.prompt, str)), None):
+        raise ValueError(
+            f"{field}.apply_chat_template = false but prompt {chat.prompt_id} is a list of chat "
+            "messages; set it to true"
+        )
+
+
+def check_parallel(config: RunSettings) -> None:
+    """The ranks can be laid out as the ``[megatron]`` table asks."""
+    tensor, pipeline, context, expert = (int(config.megatron.get(n, 1)) for n in PARALLEL[:-1])
+    expert_tensor = int(config.megatron.get(PARALLEL[-1], tensor))
+    for words, width in (
+        ("tensor x pipeline x context", tensor * pipeline * context),
+        ("expert x expert tensor x pipeline", expert * expert_tensor * pipeline),
+    ):
+        if width < 1 or config.trainer.ranks % width:
+            raise ValueError(
+                f"trainer.ranks = {config.trainer.ranks} is no multiple of {width} ({words} "
+                "parallel size in [megatron]); change one of them"
+            )
