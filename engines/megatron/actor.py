@@ -6,6 +6,7 @@ each call by its verb on every rank; what a call gives is the same on all of the
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -176,13 +177,18 @@ class TrainerRank:
         return self._rank_live.push(urls, version)
 
     def stop(self) -> None:
-        """Leave the other ranks."""
+        """Leave the other ranks.
+
+        Each of gloo's process groups has threads that wake up a hundred times a second, until
+        nothing refers to the group any more; a model does so in circles.
+        """
         if self._live is not None:
             try:
                 self.saved()
             finally:
                 self._live.leave()
                 self._live = None
+                gc.collect()
 
     def _layout(self) -> dict[str, int]:
         megatron = self._settings[2]

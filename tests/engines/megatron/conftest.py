@@ -1,5 +1,6 @@
 """Tiny real models, batches in a real store, and trainer ranks: one here, or several processes."""
 
+import gc
 import os
 import random
 import subprocess
@@ -73,6 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning:megatron"))
             item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning:mbridge"))
             item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning:torch"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """Process groups that a test left behind would keep the machine's cores busy to the end."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
