@@ -139,6 +139,11 @@ class Rank:
 
     def leave(self) -> None:
         """Take down the process groups."""
+        for chunk in self._learner.model.chunks:
+            for module in chunk.modules():
+                # The graph that hangs on it holds the model, where Python's collector cannot see.
+                if dispatcher := getattr(module, "token_dispatcher", None):
+                    dispatcher.probs = None
         parallel.leave()
 
 

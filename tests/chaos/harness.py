@@ -29,7 +29,7 @@ from rollflow.storage.schema import to_table
 from rollflow.storage.steps import read_steps, step_numbers
 
 ROLLFLOW = (sys.executable, "-m", "rollflow")
-DEADLINE_S = 240.0
+DEADLINE_S = 480.0
 POLL_S = 0.004
 GRACE_S = 20.0
 """What belongs to a killed process notices that within seconds and ends itself."""

@@ -168,17 +168,25 @@ def test_stored_samples_can_be_read_on_the_command_line(folder):
     assert "my_reward:first_digit" in shown
 
 
-def test_the_same_command_with_more_steps_continues_the_run(folder, stored):
+def test_more_steps_continue_the_run_on_another_number_of_ranks_and_all_can_be_recomputed(
+    folder, stored
+):
     store, run = stored
     before = {s.step: s for s in read_steps(store, run)}
-    rollflow(folder, "train", "run.toml", "--steps", "4")
+    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
+    rollflow(folder, "train", "run.toml", "--steps", "4", *alone)
     after = {s.step: s for s in read_steps(store, run)}
     assert sorted(after) == [0, 1, 2, 3]
     assert all(after[n] == before[n] for n in before)
+    records = read_step_records(store, run)
+    assert [r.layout["ranks"] for r in records] == [2, 2, 2, 1]
+    assert records[3].restored_step == 2
+    assert "0 differences" in rollflow(folder, "audit", "loop", "--recompute")
 
 
 def test_a_finished_run_trains_nothing_and_says_so(folder):
-    assert "finished already" in rollflow(folder, "train", "run.toml", "--steps", "4")
+    told = rollflow(folder, "train", "run.toml", "--steps", "4")
+    assert "finished already (4 steps are trained, steps = 4;" in told
 
 
 def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
@@ -192,16 +200,6 @@ def test_a_run_is_not_continued_with_other_settings(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "megatron.lr" in done.stderr
-
-
-def test_a_run_goes_on_on_another_number_of_ranks_and_can_still_be_recomputed(folder, stored):
-    store, run = stored
-    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
-    rollflow(folder, "train", "run.toml", "--steps", "5", *alone)
-    records = read_step_records(store, run)
-    assert [r.layout["ranks"] for r in records] == [2, 2, 2, 2, 1]
-    assert records[4].restored_step == 3
-    assert "0 differences" in rollflow(folder, "audit", "loop", "--recompute")
 
 
 def test_supervised_training_needs_no_server(folder):
