@@ -86,10 +86,16 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _algorithm_is_wired(self) -> "RunConfig":
         algorithm = self.algorithm
-        if algorithm.name != "sft" and algorithm.teacher_coef:
+        asks = algorithm.name != "sft" and algorithm.teacher_coef > 0
+        if asks and self.rollout.teacher is None:
             raise ValueError(
-                f"algorithm.name = {algorithm.name!r} needs a teacher, which the rollout side of this "
-                "version does not run yet; choose another"
+                f"algorithm.name = {algorithm.name!r} with teacher_coef above 0 needs rollout.teacher: "
+                "give its path or url"
+            )
+        if self.rollout.teacher is not None and not asks:
+            raise ValueError(
+                f"rollout.teacher is set but algorithm.name = {algorithm.name!r} has no teacher_coef "
+                "above 0; raise it, or leave the teacher out"
             )
         return self
 

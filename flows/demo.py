@@ -1,6 +1,7 @@
 """The demo: arithmetic from nothing, by supervised warm-up and then GRPO."""
 
 import json
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from .train import sft, train
 
 FACTS = Path(".rollflow/demo.json")
 METRIC = "eval/heldout/reward"
+WARM, TRAINED = Path(".rollflow/arithmetic/warm"), Path(".rollflow/arithmetic/trained")
+"""Weights that the recipes of other algorithms start from, and that distillation learns from."""
 
 
 async def run_demo(
@@ -35,10 +38,14 @@ async def run_demo(
     warm, warm_config = await warm_up(f"{name}-sft", seed, *where)
     weights = await checkpoint_weights(warm_config.store, warm.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"
+    _keep(weights.path, WARM)
     config = load_config(
         recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path, *where)
     )
     summary = await train(config)
+    trained = await checkpoint_weights(config.store, summary.run, None)
+    assert trained is not None, "a run always ends with a checkpoint"
+    _keep(trained.path, TRAINED)
     facts = demo_facts(summary, seed, seconds_install, time.perf_counter() - started)
     FACTS.write_text(json.dumps({**facts, "ui_url": ui}, indent=2))
     _print(config, facts, ui, console)
@@ -73,6 +80,11 @@ def demo_facts(summary: RunSummary, seed: int, seconds_install: float, seconds_r
         "picture": summary.picture,
         "tensorboard": summary.tensorboard,
     }
+
+
+def _keep(weights: str, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(weights, place)
 
 
 def _print(config: RunConfig, facts: dict, ui: str, console: Console) -> None:

@@ -19,6 +19,7 @@ def check_settings(config: RunSettings) -> None:
     check_hooks(config)
     check_model(config)
     check_lengths(config)
+    check_teacher(config)
     check_parallel(config)
 
 
@@ -87,6 +88,29 @@ def check_lengths(config: RunSettings) -> None:
                 f"the {context} tokens of the model's context (max_position_embeddings of "
                 f"{config.model.path!r}, or sglang.context_length); make it smaller"
             )
+
+
+def check_teacher(config: RunSettings) -> None:
+    """A teacher of ours has the policy's vocabulary."""
+    teacher = config.rollout.teacher
+    if teacher is None or not teacher.path:
+        return
+    sizes = []
+    for field, folder in (
+        ("rollout.teacher.path", teacher.path),
+        ("model.path", config.model.path),
+    ):
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{field} = {folder!r} has no config.json; give the folder of a Hugging Face checkpoint"
+            )
+        sizes.append(json.loads(file.read_text()).get("vocab_size"))
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"rollout.teacher.path = {teacher.path!r} has vocab_size {sizes[0]}, the policy {sizes[1]}; "
+            "a teacher scores the policy's token ids, so give one with the same tokenizer"
+        )
 
 
 def check_template(field: str, data: DataConfig, model: str, prompts: PromptSet) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -16,6 +16,7 @@ from rollflow.engines.hooks import Completion
 from .config import SamplingConfig
 from .single_turn import DEFAULT_NEW_TOKENS
 
+T = TypeVar("T")
 TRANSIENT = {408, 429}
 FIRST_PAUSE_S = 0.2
 STOP_TIMEOUT_S = 60.0
@@ -123,6 +124,26 @@ class GenerateClient:
             if len(done.token_ids) >= limit:
                 return _joined(done, Completion([], [], "length", done.policy_version))
 
+    async def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
+        """Log-probability (nats) of each response token under the servers' weights, at temperature 1.
+
+        Raises RequestRefusedError or GenerationError.
+        """
+        body = {
+            "input_ids": [*prompt_ids, *response_ids],
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": len(prompt_ids) - 1,
+        }
+
+        def read(answer: dict[str, Any], seconds: float) -> list[float]:
+            entries = answer["meta_info"]["input_token_logprobs"][-len(response_ids) :]
+            if [entry[1] for entry in entries] != response_ids:
+                raise _ServerFaultError(f"log-probabilities of other tokens: {entries!r:.200}")
+            return [float(entry[0]) for entry in entries]
+
+        return await self._tried(body, Scope(), read)
+
     async def hold(self) -> None:
         """Send nothing more, and have servers hand over what they are at, e.g. for new weights.
 
@@ -164,6 +185,19 @@ class GenerateClient:
                 await asyncio.sleep(POLL_S)
 
     async def _ask(self, body: dict[str, Any], scope: Scope, stops: int) -> Completion:
+        def read(answer: dict[str, Any], seconds: float) -> Completion:
+            completion = _completion(answer, seconds)
+            if completion.finish_reason == "abort" and stops == self._stops and not scope.cut:
+                reason = answer["meta_info"]["finish_reason"]
+                raise _ServerFaultError(f"aborted: {reason}")
+            return completion
+
+        return await self._tried(body, scope, read)
+
+    async def _tried(
+        self, body: dict[str, Any], scope: Scope, read: Callable[[dict[str, Any], float], T]
+    ) -> T:
+        """Send a request until ``read`` accepts its answer, with a bound."""
         started = time.monotonic()
         for attempt in range(self._max_retries + 1):
             request = f"rollflow-{next(self._numbers)}"
@@ -171,11 +205,7 @@ class GenerateClient:
             self._in_flight.add(request)
             try:
                 answer = await self._post({**body, "rid": request})
-                completion = _completion(answer, time.monotonic() - started)
-                if completion.finish_reason == "abort" and stops == self._stops and not scope.cut:
-                    reason = answer["meta_info"]["finish_reason"]
-                    raise _ServerFaultError(f"aborted: {reason}")
-                return completion
+                return read(answer, time.monotonic() - started)
             except (aiohttp.ClientError, TimeoutError, _ServerFaultError) as error:
                 if attempt == self._max_retries:
                     raise GenerationError(

@@ -48,6 +48,8 @@ class Outcome:
         return self.samples[0].group_id
 
 
+Annotate = Callable[[Sequence[Sample]], Awaitable[list[Sample]]]
+"""Adds to a finished group's metadata what other models make of it, before it is scored."""
 Wave = Callable[[], Awaitable[Sequence[Sequence[Episode]]]]
 """Further groups to generate; empty where there are no more."""
 
@@ -86,6 +88,7 @@ class Collector:
         client: GenerateClient | None = None,
         dynamic_filter: DynamicFilter | None = None,
         trained_on: TrainedOn | None = None,
+        annotate: Annotate | None = None,
     ) -> None:
         self._engine = engine
         self._function = function
@@ -95,6 +98,7 @@ class Collector:
         self._client = client
         self._filter = dynamic_filter
         self._trained_on = trained_on
+        self._annotate = annotate
         self._write_lock = asyncio.Lock()
         self._shard_groups = shard_groups
         self._unwritten: list[list[Sample]] = []
@@ -259,6 +263,8 @@ class Collector:
         samples = running.so_far()
         if any(sample.status is Status.ABORTED for sample in samples):
             return samples
+        if self._annotate is not None:
+            samples = await self._annotate(samples)
         scored = await self._grader.score_group(samples)
         return scored if self._trained_on is None else self._trained_on(scored)
 

@@ -32,6 +32,28 @@ class BufferConfig(Config):
     """Who is drawn first: ``first_in``, ``oldest_policy``, ``newest_policy``, or ``pkg.mod:fn``."""
 
 
+class TeacherConfig(Config):
+    """A frozen model that is asked for the log-probability of every token that the policy samples."""
+
+    path: str = ""
+    """Hugging Face folder of a model with the policy's tokenizer; servers of its own are started."""
+    servers: int = Field(default=1, gt=0)
+    """SGLang servers for ``path``, behind a router of their own."""
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """Any field of SGLang's ServerArgs, for these servers."""
+    url: str = ""
+    """In place of ``path``: an SGLang server or router that runs already, ``http://host:port``."""
+
+    @model_validator(mode="after")
+    def _is_one_place(self) -> "TeacherConfig":
+        if bool(self.path) == bool(self.url):
+            raise ValueError(
+                f"rollout.teacher: path = {self.path!r} and url = {self.url!r}; give one of them"
+            )
+        check_sglang(self.sglang)
+        return self
+
+
 class RolloutConfig(Config):
     """How a step's batch is generated and scored."""
 
@@ -66,6 +88,8 @@ class RolloutConfig(Config):
     servers: int = Field(default=1, ge=0)
     """SGLang server processes behind the router; 0 where nothing is generated (supervised runs
     without evaluation)."""
+    teacher: TeacherConfig | None = None
+    """For algorithms with a ``teacher_coef``, such as ``distill``."""
     concurrency: int = Field(default=256, gt=0)
     """Samples in flight at once, over all servers."""
     request_timeout_s: float = Field(default=600.0, gt=0)

@@ -32,6 +32,7 @@ from .filters import load_dynamic_filter
 from .fleet import Fleet
 from .producer import Producer, Production, make_buffer
 from .tally import pass_metrics
+from .teacher import Teacher
 from .trained_on import load_trained_on
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class RolloutManager:
         self._log_dir = Path(log_dir)
         self._fleet: Fleet | None = None
         self._client: GenerateClient | None = None
+        self._teacher: Teacher | None = None
         self._training: Dataset
         self._eval_datasets: dict[str, Dataset] = {}
         self._slots = asyncio.Semaphore(rollout.concurrency)
@@ -91,7 +93,7 @@ class RolloutManager:
 
     async def start(self) -> RolloutInfo:
         """Start servers and router and load prompts; ServerError or ValueError when that fails."""
-        servers = asyncio.create_task(self._start_servers())
+        servers = asyncio.gather(self._start_servers(), self._start_teacher())
         tokenizer = await asyncio.to_thread(self._load_tokenizer)
         await servers
         await asyncio.to_thread(self._load_datasets, tokenizer)
@@ -226,6 +228,8 @@ class RolloutManager:
             await producer.collector.cancel()
         for dataset in self._datasets if self._production else []:
             await dataset.grader.stop()
+        if self._teacher is not None:
+            await self._teacher.stop()
         if self._client is not None:
             await self._client.close()
         if self._fleet is not None:
@@ -247,6 +251,14 @@ class RolloutManager:
             wait_ready=self._fleet.wait_ready,
             abort=self._fleet.abort,
         )
+
+    async def _start_teacher(self) -> None:
+        if (config := self._rollout.teacher) is None:
+            return
+        self._teacher = Teacher(
+            config, self._rollout, self._model, self._router, self._device, self._log_dir
+        )
+        await self._teacher.start()
 
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -279,6 +291,7 @@ class RolloutManager:
                 load_dynamic_filter(hooks.dynamic_filter) if hooks.dynamic_filter else None
             ),
             trained_on=load_trained_on(hooks.sample_filter, rollout.mask_stale),
+            annotate=self._teacher.annotate if self._teacher else None,
         )
 
     @property

@@ -21,7 +21,7 @@ from rollflow.storage.samples import Sample, Status
 from rollflow.storage.shards import ShardWriter
 
 from .client import GenerateClient
-from .collector import CUT, SURPLUS, Collector, Episode, GroupsExhaustedError, Outcome
+from .collector import CUT, SURPLUS, Annotate, Collector, Episode, GroupsExhaustedError, Outcome
 from .config import HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, by_episode
 from .filters import DynamicFilter
@@ -42,6 +42,7 @@ class Production:
     engine: str
     dynamic_filter: DynamicFilter | None = None
     trained_on: TrainedOn | None = None
+    annotate: Annotate | None = None
 
 
 class Producer:
@@ -76,6 +77,7 @@ class Producer:
             client=p.client,
             dynamic_filter=p.dynamic_filter,
             trained_on=p.trained_on,
+            annotate=p.annotate,
         )
         begun = await asyncio.to_thread(self._resumed)
         for group in begun:

@@ -16,6 +16,26 @@ from .server import POLL_S, ServerError, wait_until_up
 from .server_args import router_arguments
 
 
+async def wait_for_server(field: str, url: str, timeout_s: float) -> None:
+    """Wait until a server that is not ours answers; ServerError names ``field`` and ``url``."""
+    deadline = time.monotonic() + timeout_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5)) as session:
+        while True:
+            try:
+                async with session.get(f"{url.rstrip('/')}/health") as response:
+                    if response.status == 200:
+                        return
+                    last = f"status {response.status}"
+            except (aiohttp.ClientError, TimeoutError) as error:
+                last = repr(error)
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{field} = {url!r} did not answer /health within {timeout_s:.0f} s ({last}); "
+                    "start that server, or give the URL of one that runs"
+                )
+            await asyncio.sleep(POLL_S)
+
+
 class Router:
     """Spreads requests over the servers that are registered; ends with this process."""
 

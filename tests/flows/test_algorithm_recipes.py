@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     files = arithmetic.make(folder / ".rollflow/arithmetic")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.model)).float()
-    for name in ("warm", "teacher"):
+    for name in ("warm", "trained"):
         place = files.model.with_name(name)
         model.save_pretrained(place)
         for file in files.model.iterdir():

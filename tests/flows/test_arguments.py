@@ -73,6 +73,12 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
         (["--router-port", "1"], "router.port is set by rollflow"),
         (["--steps", "-1"], "steps = -1"),
         (["--trainer.updates_per_batch", "3"], "rollout.batch_size = 32"),
+        (["--algorithm.name", "distill"], "needs rollout.teacher"),
+        (
+            ["--rollout.teacher", '{path = "x"}'],
+            "rollout.teacher is set but algorithm.name = 'grpo'",
+        ),
+        (["--rollout.teacher", "{}"], "path = '' and url = ''; give one of them"),
         (["--stop", '{metric = "eval/x/reward", at_least = 1}'], "stop.metric"),
         (["steps", "3"], "'steps' stands where a --setting is expected"),
         (["--name", "a b"], "name = 'a b'"),

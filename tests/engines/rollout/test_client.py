@@ -154,3 +154,26 @@ def test_sampling_parameters_leave_out_what_is_empty():
         "stop": ["\n"],
         "ignore_eos": False,
     }
+
+
+def scores(*pairs: tuple[float | None, int]) -> dict[str, Any]:
+    return {"meta_info": {"input_token_logprobs": [[value, token, None] for value, token in pairs]}}
+
+
+async def test_the_log_probabilities_of_given_tokens_are_asked_for_without_a_new_one(
+    server: Server, client: GenerateClient
+):
+    server.answers = [(503, {}), (200, scores((None, 2), (-0.5, 3), (-1.5, 4)))]
+    assert await client.logprobs([1, 2], [3, 4]) == [-0.5, -1.5]
+    body = server.bodies[-1]
+    assert body["input_ids"] == [1, 2, 3, 4]
+    assert body["sampling_params"]["max_new_tokens"] == 0
+    assert body["logprob_start_len"] == 1
+
+
+async def test_log_probabilities_of_other_tokens_are_never_taken(
+    server: Server, client: GenerateClient
+):
+    server.answers = [(200, scores((-0.5, 3), (-1.5, 9)))] * 3
+    with pytest.raises(GenerationError, match="log-probabilities of other tokens"):
+        await client.logprobs([1, 2], [3, 4])
