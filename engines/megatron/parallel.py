@@ -15,6 +15,7 @@ from rollflow.engines.cpu import megatron as cpu_support
 from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .attention import Layout
+from .gloo import one_device
 from .model import Model
 from .settings import Settings
 
@@ -39,7 +40,10 @@ def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s
     if backend == "nccl":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    with one_device():
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
 
 
 def connect_store(master: str, timeout_s: float) -> TCPStore:
@@ -55,7 +59,7 @@ def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:
     Ranks of one pipeline stage start from the same seed, so random weights agree among them.
     """
     cpu_support.install()
-    with cuda_means_cpu():
+    with cuda_means_cpu(), one_device():
         parallel_state.initialize_model_parallel(
             settings.tensor_parallel,
             settings.pipeline_parallel,
@@ -85,7 +89,8 @@ def row_layout(model: Model) -> Layout:
 def background_group() -> Any:
     """A gloo group of all ranks for a thread beside training. Every rank makes it at the same time."""
     if not _background:
-        _background.append(dist.new_group(backend="gloo"))
+        with one_device():
+            _background.append(dist.new_group(backend="gloo"))
     return _background[0]
 
 
