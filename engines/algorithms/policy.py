@@ -298,8 +298,6 @@ def _watch(policy: PolicyLoss, loss_T: Tensor, inputs: LossInputs) -> Metrics:
         rollout_T = inputs.rollout_logprobs_T.detach()
         kl_T = kl_estimate(rollout_T, inputs.logprobs_T.detach(), "k3")
         means["train/kl_rollout"] = mean_of(kl_T)
-    if inputs.teacher_logprobs_T is not None:
-        means["train/kl_teacher"] = mean_of(inputs.logprobs_T.detach() - inputs.teacher_logprobs_T)
     return Metrics(means, maxima)
 
 

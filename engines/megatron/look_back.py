@@ -9,7 +9,7 @@ from torch import Tensor
 from rollflow.engines.algorithms.config import PolicyConfig
 from rollflow.engines.algorithms.diagnostics import advantage_metrics
 from rollflow.engines.algorithms.inputs import AdvantageInputs
-from rollflow.engines.algorithms.metrics import Metrics
+from rollflow.engines.algorithms.metrics import Metrics, mean_of
 from rollflow.engines.algorithms.mismatch import mismatch_metrics
 from rollflow.engines.algorithms.policy import compute_advantages, needs
 from rollflow.engines.algorithms.returns import whiten
@@ -79,6 +79,9 @@ def value(
             metrics = metrics.merge(
                 advantage_metrics(w.advantages_M[kept_M], w.batch.rewards_M[kept_M], mean_reward)
             )
+            if w.old_logprobs_M is not None and w.batch.teacher_logprobs_M is not None:
+                apart_M = w.old_logprobs_M - w.batch.teacher_logprobs_M
+                metrics = metrics.merge(Metrics({"train/kl_teacher": mean_of(apart_M[kept_M])}))
     pieces = iter(flat)
     return [[next(pieces) for _ in range(n)] for n in sizes], reduce_over_ranks(metrics)
 
