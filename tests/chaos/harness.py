@@ -72,7 +72,7 @@ path = "arithmetic/train.jsonl"
 [rollout]
 batch_size = 8
 n_samples_per_prompt = 2
-servers = 2
+servers = {engines}
 shard_groups = 1
 deterministic = true
 reward = "rollflow.engines.rewards.exact_match:exact_match"
@@ -80,7 +80,7 @@ sampling = {{ max_new_tokens = 4 }}
 [algorithm]
 entropy_coef = 0.01
 [trainer]
-ranks = 2
+ranks = {engines}
 max_tokens_per_micro_batch = 64
 [checkpoint]
 every = 2
@@ -139,11 +139,14 @@ def plan(seed: int, kills: int) -> list[Kill]:
     ]
 
 
-def prepare(folder: Path, steps: int, store: str = "") -> None:
-    """Data, model and settings of the sessions in ``folder``; their store unless one is given."""
+def prepare(folder: Path, steps: int, store: str = "", engines: int = 2) -> None:
+    """Data, model and settings of the sessions in ``folder``; their store unless one is given.
+
+    ``engines`` is the number of servers, and of trainer ranks.
+    """
     arithmetic.make(folder / "arithmetic")
     store = store or str(folder / ".rollflow/store")
-    (folder / "run.toml").write_text(CONFIG.format(steps=steps, store=store))
+    (folder / "run.toml").write_text(CONFIG.format(steps=steps, store=store, engines=engines))
 
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen:

@@ -37,6 +37,7 @@ def run_sessions(
     first: int = 0,
     told: Callable[[list[Row]], None] = lambda rows: None,
     store: str = "",
+    engines: int = 2,
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
 
@@ -44,7 +45,7 @@ def run_sessions(
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
     ``told`` hears of all rows so far whenever a session has ended. Runs are kept under ``store``,
-    in the folder of each session unless given.
+    in the folder of each session unless given; ``engines`` as in :func:`prepare`.
     """
     steps = 1 + 2 * per_session
     schedule = plan(seed, first + kills)
@@ -57,9 +58,11 @@ def run_sessions(
     ]
 
     with ThreadPoolExecutor(parallel) as pool:
-        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps, store)
+        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps, store, engines)
         sessions = [
-            pool.submit(_session, folder / f"kills-{number}", steps, store, group, baseline)
+            pool.submit(
+                _session, folder / f"kills-{number}", steps, store, group, baseline, engines
+            )
             for number, group in enumerate(groups)
         ]
         rows: list[Row] = []
@@ -76,9 +79,9 @@ def write_results(file: Path, rows: list[Row]) -> None:
 
 
 @contextmanager
-def _prepared(folder: Path, steps: int, store: str) -> Iterator[Session]:
+def _prepared(folder: Path, steps: int, store: str, engines: int) -> Iterator[Session]:
     folder.mkdir(parents=True)
-    prepare(folder, steps, store and f"{store}/{folder.name}")
+    prepare(folder, steps, store and f"{store}/{folder.name}", engines)
     session = Session(folder, "chaos")
     try:
         yield session
@@ -87,8 +90,8 @@ def _prepared(folder: Path, steps: int, store: str) -> Iterator[Session]:
         subprocess.run([*ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
 
 
-def _undisturbed(folder: Path, steps: int, store: str) -> dict:
-    with _prepared(folder, steps, store) as session:
+def _undisturbed(folder: Path, steps: int, store: str, engines: int) -> dict:
+    with _prepared(folder, steps, store, engines) as session:
         wrong = session.finish()
         if wrong:
             log = (folder / "chaos.log").read_text()[-3000:]
@@ -97,9 +100,14 @@ def _undisturbed(folder: Path, steps: int, store: str) -> dict:
 
 
 def _session(
-    folder: Path, steps: int, store: str, kills: list[Kill], baseline: Future[dict]
+    folder: Path,
+    steps: int,
+    store: str,
+    kills: list[Kill],
+    baseline: Future[dict],
+    engines: int,
 ) -> list[Row]:
-    with _prepared(folder, steps, store) as session:
+    with _prepared(folder, steps, store, engines) as session:
         answers = [session.strike(kill) for kill in kills]
         return _judge(session, kills, answers, session.finish(), baseline.result())
 

@@ -17,7 +17,7 @@ WORDS = ("--cluster.lease_s", "20", "--rollout.deterministic", "false")
 
 @pytest.fixture
 def session(tmp_path):
-    prepare(tmp_path, steps=8)
+    prepare(tmp_path, steps=8, engines=1)
     session = Session(tmp_path, "chaos", *WORDS)
     first = session.flow
     yield session
