@@ -50,6 +50,8 @@ class _Slot:
     error: BaseException | None = None
     """Set when the server is given up."""
     watcher: asyncio.Task[None] | None = None
+    admission: asyncio.Task[None] | None = None
+    """Gives a server that was started again the weights, while it is watched already."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -164,10 +166,10 @@ class Fleet:
 
     async def stop(self) -> None:
         """End everything that was started."""
-        watchers = [slot.watcher for slot in self._slots if slot.watcher]
-        for watcher in watchers:
-            watcher.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
+        tasks = [t for slot in self._slots for t in (slot.watcher, slot.admission) if t]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         actors = [slot.actor for slot in self._slots if slot.actor]
         await asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
         for actor in actors:
@@ -199,6 +201,8 @@ class Fleet:
         while True:
             reason = await self._end_of(slot)
             url = slot.info.url if slot.info else ""
+            if slot.admission is not None:
+                slot.admission.cancel()
             slot.info, slot.admitted, slot.registered = None, False, False
             try:
                 await self.router.unregister(url)
@@ -207,12 +211,18 @@ class Fleet:
                     raise ServerError(f"given up after {MAX_RESTARTS} restarts: {reason}")
                 await self._bring_up(slot)
                 if self._version is not None:
-                    await self._admit_when_up(slot)
+                    slot.admission = asyncio.create_task(self._admit_again(slot))
             except RayActorError:
                 slot.actor = None
             except (ServerError, aiohttp.ClientError, TimeoutError) as error:
                 slot.error = error
                 return
+
+    async def _admit_again(self, slot: _Slot) -> None:
+        try:
+            await self._admit_when_up(slot)
+        except (ServerError, aiohttp.ClientError, TimeoutError) as error:
+            slot.error = error
 
     async def _end_of(self, slot: _Slot) -> str:
         """Return why the server is over: it ended, its actor did, or it fell silent."""
