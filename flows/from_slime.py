@@ -28,6 +28,8 @@ RENAMED: dict[str, str] = {
     "lr-decay-style": "trainer.lr_decay_style",
     "lr-warmup-iters": "trainer.lr_warmup_steps",
     "lr-decay-iters": "trainer.lr_decay_steps",
+    "lr-wsd-decay-iters": "trainer.lr_wsd_decay_steps",
+    "lr-wsd-decay-style": "trainer.lr_wsd_decay_style",
     "seed": "trainer.seed",
     "save-interval": "checkpoint.every",
     "save": "store.url",

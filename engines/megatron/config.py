@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rollflow.engines.config import Setting, check_table, dataclass_settings
 from rollflow.storage.config import Config
@@ -20,9 +20,15 @@ class TrainerConfig(Config):
     """Optimizer updates per batch: its groups are cut into so many mini-batches."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Optimizer updates over which the learning rate rises linearly from 0."""
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = (
+        "constant"
+    )
+    """``WSD`` is warm-up, stable, decay: constant until its last ``lr_wsd_decay_steps``."""
     lr_decay_steps: int = Field(default=0, ge=0)
     """Optimizer updates until the learning rate reaches ``min_lr``; 0: with the last step."""
+    lr_wsd_decay_steps: int = Field(default=0, ge=0)
+    """Optimizer updates of the decay of ``WSD``, the last of ``lr_decay_steps``."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     load: str = ""
     """Weights that the run starts from in place of ``model.path``'s: a torch_dist checkpoint of any
     layout, one in Megatron's ``torch`` format, or a Hugging Face folder; any fsspec URL."""
@@ -34,6 +40,15 @@ class TrainerConfig(Config):
     """Deadline of one train step, checkpoint or weight push."""
     push_timeout_s: float = Field(default=120.0, gt=0)
     """Deadline of one rollout server to take and confirm a bucket of weights."""
+
+    @model_validator(mode="after")
+    def _only_wsd_decays_at_its_end(self) -> "TrainerConfig":
+        if (self.lr_decay_style == "WSD") != (self.lr_wsd_decay_steps > 0):
+            raise ValueError(
+                f"trainer.lr_wsd_decay_steps = {self.lr_wsd_decay_steps} with trainer.lr_decay_style = "
+                f"{self.lr_decay_style!r}; 'WSD' needs 1 or more, any other style 0"
+            )
+        return self
 
 
 class CheckpointConfig(Config):

@@ -23,7 +23,7 @@ def build_optimizer(
     """Adam over the model's parameters, and its schedule over ``total_steps`` batches.
 
     Raises:
-        ValueError: the warmup is not shorter than the decay.
+        ValueError: the warmup, or the decay of WSD, leaves the other parts of the schedule no room.
     """
     values = DEFAULTS | settings.optimizer
     bf16 = model.dtype is torch.bfloat16
@@ -33,6 +33,11 @@ def build_optimizer(
         raise ValueError(
             f"trainer.lr_warmup_steps is {trainer.lr_warmup_steps}, not below the {decay} updates "
             "over which the learning rate decays; lower it"
+        )
+    if trainer.lr_wsd_decay_steps > decay - trainer.lr_warmup_steps:
+        raise ValueError(
+            f"trainer.lr_wsd_decay_steps is {trainer.lr_wsd_decay_steps}, more than the "
+            f"{decay - trainer.lr_warmup_steps} updates after the warmup; lower it"
         )
     with cuda_means_cpu():
         optimizer = get_megatron_optimizer(config, model.chunks)
@@ -44,6 +49,8 @@ def build_optimizer(
         lr_warmup_steps=trainer.lr_warmup_steps,
         lr_decay_steps=decay,
         lr_decay_style=trainer.lr_decay_style,
+        wsd_decay_steps=trainer.lr_wsd_decay_steps,
+        lr_wsd_decay_style=trainer.lr_wsd_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=decay,

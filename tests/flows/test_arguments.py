@@ -82,6 +82,7 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
         (["--stop", '{metric = "eval/x/reward", at_least = 1}'], "stop.metric"),
         (["steps", "3"], "'steps' stands where a --setting is expected"),
         (["--name", "a b"], "name = 'a b'"),
+        (["--trainer.lr_decay_style", "WSD"], "trainer.lr_wsd_decay_steps = 0"),
         (["--steps"], "steps has no value"),
         (["--data.path", "--steps", "3"], "data.path has no value"),
     ],

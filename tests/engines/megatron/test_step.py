@@ -145,12 +145,28 @@ def test_a_batch_without_anything_to_train_on_is_an_error(one_rank, run, make_sa
         rank.train(run.commit(0, samples))
 
 
-def test_the_learning_rate_rises_from_its_first_share_and_falls_to_the_minimum(one_rank, run):
-    trainer = TrainerConfig(lr_warmup_steps=2, lr_decay_style="linear", lr_decay_steps=4)
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"lr_decay_style": "linear"}, [5e-4, 1e-3, 5.5e-4, 1e-4]),
+        (
+            {"lr_decay_style": "inverse-square-root"},
+            [5e-4, 1e-3, 1e-3 * (2 / 3) ** 0.5, 1e-3 * 0.5**0.5],
+        ),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_steps": 1, "lr_wsd_decay_style": "linear"},
+            [5e-4, 1e-3, 1e-3, 1e-4],
+        ),
+    ],
+)
+def test_the_learning_rate_rises_from_its_first_share_and_falls_by_its_style(
+    one_rank, run, schedule, expected
+):
+    trainer = TrainerConfig(lr_warmup_steps=2, lr_decay_steps=4, **schedule)
     megatron = {"lr": 1e-3, "min_lr": 1e-4}
     with one_rank(trainer=trainer, megatron=megatron) as rank:
         rates = [rank.train(run.commit(step)).metrics["train/lr"] for step in range(4)]
-    assert rates == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4])
+    assert rates == pytest.approx(expected)
 
 
 def test_gates_let_no_nan_through():
