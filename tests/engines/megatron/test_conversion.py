@@ -18,7 +18,10 @@ from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.convert import convert
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.config import TrainerConfig
+from rollflow.storage.config import StoreConfig
 from rollflow.storage.integrity import ManifestError
+from rollflow.storage.objects import Store
+from tests.object_stores import BUCKET, ENVIRONMENT, ObjectStoreServer, install
 
 FAMILIES = {
     "qwen2": {},
@@ -71,6 +74,28 @@ def test_the_way_there_and_back_is_exact_and_needs_nothing_else(make_model, tmp_
     assert_equal(tensors_in(tmp_path / "hf"), tensors_in(path))
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config == json.loads((path / "config.json").read_text())
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    install()
+    server = ObjectStoreServer("rclone", tmp_path / "objects")
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    server.start()
+    yield f"s3://{BUCKET}"
+    server.kill()
+
+
+def test_the_way_there_and_back_is_exact_on_an_object_store(make_model, bucket, tmp_path):
+    path = make_model()
+    there = ConvertConfig(source=str(path), target=f"{bucket}/dist", part_bytes=50_000, verify=True)
+    back = ConvertConfig(source=there.target, target=f"{bucket}/hf", verify=True)
+    assert convert(there).verified == convert(back).verified > 0
+    store = Store(StoreConfig(url=back.target))
+    for name in store.children():
+        store.get_file(name, tmp_path / "back" / name)
+    assert_equal(tensors_in(tmp_path / "back"), tensors_in(path))
 
 
 def test_a_complete_conversion_is_left_as_it_is(make_model, tmp_path):
