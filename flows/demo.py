@@ -35,12 +35,9 @@ async def run_demo(
     arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     where = ("--store.url", store) if store else ()
-    warm, warm_config = await warm_up(f"{name}-sft", seed, *where)
-    weights = await checkpoint_weights(warm_config.store, warm.run, None)
-    assert weights is not None, "the warm-up always ends with a checkpoint"
-    _keep(weights.path, WARM)
+    weights = await warm_weights(f"{name}-sft", seed, *where)
     config = load_config(
-        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path, *where)
+        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights, *where)
     )
     summary = await train(config)
     trained = await checkpoint_weights(config.store, summary.run, None)
@@ -51,10 +48,18 @@ async def run_demo(
     _print(config, facts, ui, console)
 
 
-async def warm_up(name: str, seed: int, *words: str) -> tuple[RunSummary, RunConfig]:
-    """Teach the format and some of the sums from labels, until about half is right."""
+async def warm_weights(name: str, seed: int, *words: str) -> str:
+    """Teach the format and some of the sums from labels, until about half is right.
+
+    Returns:
+        Folder of the weights in Hugging Face's format; a copy is kept at ``WARM``.
+    """
     config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed, *words))
-    return await sft(config), config
+    summary = await sft(config)
+    weights = await checkpoint_weights(config.store, summary.run, None)
+    assert weights is not None, "the warm-up always ends with a checkpoint"
+    _keep(weights.path, WARM)
+    return weights.path
 
 
 def seeded(name: str, seed: int, *words: str) -> list[str]:
