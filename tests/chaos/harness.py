@@ -34,6 +34,9 @@ POLL_S = 0.004
 GRACE_S = 20.0
 """What belongs to a killed process notices that within seconds and ends itself."""
 
+Log = dict[int, tuple[str, dict[str, float]]]
+"""Weights digest and metrics by step."""
+
 VICTIMS = {
     "flow": ("rollflow", " train "),
     "trainer": ("ray::TrainerRank",),
@@ -74,7 +77,8 @@ batch_size = 8
 n_samples_per_prompt = 2
 servers = {engines}
 shard_groups = 1
-deterministic = true
+deterministic = {deterministic}
+mode = "{mode}"
 reward = "rollflow.engines.rewards.exact_match:exact_match"
 sampling = {{ max_new_tokens = 4 }}
 [algorithm]
@@ -139,14 +143,37 @@ def plan(seed: int, kills: int) -> list[Kill]:
     ]
 
 
-def prepare(folder: Path, steps: int, store: str = "", engines: int = 2) -> None:
-    """Data, model and settings of the sessions in ``folder``; their store unless one is given.
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is trained while things are killed."""
 
-    ``engines`` is the number of servers, and of trainer ranks.
-    """
+    steps: int
+    store: str = ""
+    """URL under which the runs are kept; in the folder of each session where it is empty."""
+    engines: int = 2
+    """Number of servers, and of trainer ranks."""
+    mode: str = "sync"
+    """``rollout.mode``. Only the synchronous one makes the same samples again when it is killed."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a run that nobody killed has the same weights."""
+        return self.mode == "sync"
+
+
+def prepare(folder: Path, training: Training) -> None:
+    """Data, model and settings of the sessions in ``folder``."""
     arithmetic.make(folder / "arithmetic")
-    store = store or str(folder / ".rollflow/store")
-    (folder / "run.toml").write_text(CONFIG.format(steps=steps, store=store, engines=engines))
+    store = f"{training.store}/{folder.name}" if training.store else folder / ".rollflow/store"
+    (folder / "run.toml").write_text(
+        CONFIG.format(
+            steps=training.steps,
+            store=store,
+            engines=training.engines,
+            mode=training.mode,
+            deterministic=str(training.repeats).lower(),
+        )
+    )
 
 
 def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
@@ -277,6 +304,7 @@ class Session:
         if status is None or status.step < kill.step:
             return False
         names = {
+            "generate": ("generate", "wait"),
             "before A": ("score", "write"),
             "before B": ("commit",),
             "mid-checkpoint": ("checkpoint",),
@@ -351,7 +379,7 @@ def _rows(table) -> dict[str, str]:
     return {f"{r['group_id']}#{r['index']}": repr(r) for r in rows}
 
 
-def log_of(session: Session) -> dict[int, tuple[str, dict[str, float]]]:
+def log_of(session: Session) -> Log:
     """Weights digest and metrics (no seconds) of each committed step."""
     steps = read_steps(session.store, session.run)
     return {

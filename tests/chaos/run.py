@@ -17,8 +17,10 @@ from .harness import (
     ROLLFLOW,
     VICTIMS,
     Kill,
+    Log,
     Row,
     Session,
+    Training,
     audit_findings,
     left_behind,
     log_of,
@@ -38,16 +40,17 @@ def run_sessions(
     told: Callable[[list[Row]], None] = lambda rows: None,
     store: str = "",
     engines: int = 2,
+    mode: str = "sync",
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
 
     ``first`` is the number in the schedule of the first of them.
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
-    ``told`` hears of all rows so far whenever a session has ended. Runs are kept under ``store``,
-    in the folder of each session unless given; ``engines`` as in :func:`prepare`.
+    ``told`` hears of all rows so far whenever a session has ended. ``store``, ``engines`` and
+    ``mode`` as :class:`Training` has them.
     """
-    steps = 1 + 2 * per_session
+    training = Training(1 + 2 * per_session, store, engines, mode)
     schedule = plan(seed, first + kills)
     groups = [
         [
@@ -58,11 +61,9 @@ def run_sessions(
     ]
 
     with ThreadPoolExecutor(parallel) as pool:
-        baseline = pool.submit(_undisturbed, folder / "undisturbed", steps, store, engines)
+        baseline = pool.submit(_undisturbed, folder / "undisturbed", training)
         sessions = [
-            pool.submit(
-                _session, folder / f"kills-{number}", steps, store, group, baseline, engines
-            )
+            pool.submit(_session, folder / f"kills-{number}", training, group, baseline)
             for number, group in enumerate(groups)
         ]
         rows: list[Row] = []
@@ -79,9 +80,9 @@ def write_results(file: Path, rows: list[Row]) -> None:
 
 
 @contextmanager
-def _prepared(folder: Path, steps: int, store: str, engines: int) -> Iterator[Session]:
+def _prepared(folder: Path, training: Training) -> Iterator[Session]:
     folder.mkdir(parents=True)
-    prepare(folder, steps, store and f"{store}/{folder.name}", engines)
+    prepare(folder, training)
     session = Session(folder, "chaos")
     try:
         yield session
@@ -90,8 +91,10 @@ def _prepared(folder: Path, steps: int, store: str, engines: int) -> Iterator[Se
         subprocess.run([*ROLLFLOW, "down"], cwd=folder, check=False, timeout=60)
 
 
-def _undisturbed(folder: Path, steps: int, store: str, engines: int) -> dict:
-    with _prepared(folder, steps, store, engines) as session:
+def _undisturbed(folder: Path, training: Training) -> Log:
+    if not training.repeats:
+        return {}
+    with _prepared(folder, training) as session:
         wrong = session.finish()
         if wrong:
             log = (folder / "chaos.log").read_text()[-3000:]
@@ -100,20 +103,15 @@ def _undisturbed(folder: Path, steps: int, store: str, engines: int) -> dict:
 
 
 def _session(
-    folder: Path,
-    steps: int,
-    store: str,
-    kills: list[Kill],
-    baseline: Future[dict],
-    engines: int,
+    folder: Path, training: Training, kills: list[Kill], baseline: Future[Log]
 ) -> list[Row]:
-    with _prepared(folder, steps, store, engines) as session:
+    with _prepared(folder, training) as session:
         answers = [session.strike(kill) for kill in kills]
         return _judge(session, kills, answers, session.finish(), baseline.result())
 
 
 def _judge(
-    session: Session, kills: list[Kill], answers: list[float | str], ended: str, baseline: dict
+    session: Session, kills: list[Kill], answers: list[float | str], ended: str, baseline: Log
 ) -> list[Row]:
     log = {} if ended else log_of(session)
     findings = [ended] if ended else audit_findings(session)
@@ -122,9 +120,9 @@ def _judge(
     changed = [] if ended else session.changed_durable()
     rows = []
     for i, (kill, answer) in enumerate(zip(kills, answers, strict=True)):
-        until = kills[i + 1].step if i + 1 < len(kills) else len(baseline)
+        until = kills[i + 1].step if i + 1 < len(kills) else len(baseline or log)
         steps = range(kill.step, until)
-        equal = all(log.get(step) == baseline[step] for step in steps) and not any(
+        equal = all(log.get(step) == baseline[step] for step in steps if baseline) and not any(
             "different: " in f for f in findings
         )
         seconds = round(answer, 1) if isinstance(answer, float) else None
@@ -155,6 +153,7 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep logs and stores here")
     parser.add_argument("--store", default="", help="URL under which the runs are kept")
+    parser.add_argument("--mode", default="sync", help="rollout.mode of the training")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     options = parser.parse_args()
     console = Console()
@@ -169,6 +168,7 @@ def main() -> int:
         options.first,
         lambda so_far: write_results(options.output, so_far),
         options.store,
+        mode=options.mode,
     )
     write_results(options.output, rows)
     table = Table(

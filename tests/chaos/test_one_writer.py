@@ -9,7 +9,7 @@ import pytest
 from rollflow.storage.audit import audit_run
 from rollflow.storage.steps import read_steps
 
-from .harness import ROLLFLOW, Session, left_behind, prepare
+from .harness import ROLLFLOW, Session, Training, left_behind, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WORDS = ("--cluster.lease_s", "20", "--rollout.deterministic", "false")
@@ -17,7 +17,7 @@ WORDS = ("--cluster.lease_s", "20", "--rollout.deterministic", "false")
 
 @pytest.fixture
 def session(tmp_path):
-    prepare(tmp_path, steps=8, engines=1)
+    prepare(tmp_path, Training(steps=8, engines=1))
     session = Session(tmp_path, "chaos", *WORDS)
     first = session.flow
     yield session
