@@ -65,6 +65,10 @@ def router_arguments(
         "log_level": "warn",
         "request_timeout_secs": max(1, round(timeout_s)),
         "worker_startup_check_interval": 1,
+        # The fleet tells which servers are up. The router's own verdicts, made of a busy machine's
+        # slow answers, shut out every server at once.
+        "disable_circuit_breaker": True,
+        "health_check_timeout_secs": 60,
         "prometheus_host": "127.0.0.1",
         "prometheus_port": metrics_port,
     }
