@@ -21,22 +21,27 @@ METRIC = "eval/heldout/reward"
 
 
 async def run_demo(
-    seed: int, seconds_install: float, store: str, ui: str, console: Console
+    seed: int, seconds_install: float, store: str, ui: str, console: Console, *, gpu: bool = False
 ) -> None:
     """Make data and model, warm up, train, print what came out and write it to ``demo.json``.
 
     Args:
         store: URL where runs are kept; that of the recipes where it is empty.
+        gpu: with the larger model, on one GPU that trainer and server share.
     """
     started = time.perf_counter()
-    arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
+    device = "gpu" if gpu else "cpu"
+    if gpu:
+        arithmetic.make(Path(".rollflow/arithmetic-gpu"), seed=seed, model=arithmetic.GPU_MODEL)
+    else:
+        arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     where = ("--store.url", store) if store else ()
-    warm, warm_config = await warm_up(f"{name}-sft", seed, *where)
+    warm, warm_config = await warm_up(f"{name}-sft", seed, *where, device=device)
     weights = await checkpoint_weights(warm_config.store, warm.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"
     config = load_config(
-        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights.path, *where)
+        recipes()[f"arithmetic_{device}"], seeded(name, seed, "--model.path", weights.path, *where)
     )
     summary = await train(config)
     facts = demo_facts(summary, seed, seconds_install, time.perf_counter() - started)
@@ -44,9 +49,11 @@ async def run_demo(
     _print(config, facts, ui, console)
 
 
-async def warm_up(name: str, seed: int, *words: str) -> tuple[RunSummary, RunConfig]:
+async def warm_up(
+    name: str, seed: int, *words: str, device: str = "cpu"
+) -> tuple[RunSummary, RunConfig]:
     """Teach the format and some of the sums from labels, until about half is right."""
-    config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed, *words))
+    config = load_config(recipes()[f"arithmetic_sft_{device}"], seeded(name, seed, *words))
     return await sft(config), config
 
 

@@ -14,10 +14,14 @@ from .engines import Engines
 async def train_step(engines: Engines, batch: BatchRef) -> TrainResult:
     """Every rank reads its share of the batch from the store and takes part in the update.
 
+    Servers on the same GPU sleep from here on, until they are given the new weights.
+
     Raises:
         GateError: trainer and rollout disagree about log-probabilities, or the first ratio is not 1.
         RuntimeError: ranks ended with different weights.
     """
+    if engines.take_turns:
+        await cluster.call(engines.manager, "sleep", timeout_s=engines.timeout_s)
     results = await cluster.call(engines.ranks, "train", batch, timeout_s=engines.timeout_s)
     if len({r.weights_digest for r in results}) > 1:
         digests = ", ".join(
