@@ -109,6 +109,11 @@ class Rank:
             "dtype": self._learner.model.dtype_name,
         }
 
+    @property
+    def transformer_config(self) -> Any:
+        """megatron-core's TransformerConfig of the policy."""
+        return self._learner.model.bridge.config
+
     def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One batch; the metrics."""
         with memory.watched(shares_gpu=self._shares_gpu) as taken:
