@@ -83,8 +83,11 @@ def push(
     *,
     timeout_s: float,
     transport: Transport | None = None,
+    counted: Tally | GpuTally | None = None,
 ) -> PushResult:
     """Bring weights to each server under ``version`` and verify what each holds then.
+
+    ``counted``: the tally of these weights, where it is known already.
 
     Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
     silent is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
@@ -95,7 +98,7 @@ def push(
     """
     started = time.perf_counter()
     transport = transport or mapped_file
-    tally, named = tally_for(named, for_servers=bool(urls))
+    tally, named = (counted, named) if counted else tally_for(named, for_servers=bool(urls))
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         # Servers speak plain HTTP; a context without authorities spares reading all of them.
@@ -119,7 +122,7 @@ def push(
             failed.update((u, r) for u, r in zip(alive, reasons, strict=True) if r)
 
         for bucket, is_last in _buckets(named):
-            count = functools.partial(_count, tally, bucket)
+            count = functools.partial(_count, tally, () if counted else bucket)
             if urls:
                 with transport(bucket) as post:
                     each(post, version if is_last else None, count)
@@ -143,9 +146,16 @@ def weights_digest(named: Iterable[Named], like: str = "") -> str:
     It is of the kind that ``like`` is, or of that which suits where the weights are: sha256 of
     their bytes on a CPU, sums over their words on a GPU.
     """
-    tally, named = tally_for(named, for_servers=False, like=like)
+    return tally_of(named, like=like).digest()
+
+
+def tally_of(
+    named: Iterable[Named], *, for_servers: bool = False, like: str = ""
+) -> Tally | GpuTally:
+    """Count all weights; see :func:`tally_for`."""
+    tally, named = tally_for(named, for_servers=for_servers, like=like)
     _count(tally, named)
-    return tally.digest()
+    return tally
 
 
 def tally_for(

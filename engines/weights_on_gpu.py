@@ -92,10 +92,18 @@ def word_sum(tensor: Tensor) -> Tensor:
     if missing := -len(flat_B) % 4:
         flat_B = torch.cat([flat_B, flat_B.new_zeros(missing)])
     words_W = flat_B.view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    if words_W.is_cuda:
+        from .word_sum_kernel import sum_words
+
+        return sum_words(words_W, KEY_STEP, KEY_MIX)
+    return _sum_words(words_W)
+
+
+def _sum_words(words_W: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.int64, device=words_W.device)
     for start in range(0, len(words_W), CHUNK_WORDS):
         part_w = words_W[start : start + CHUNK_WORDS]
-        keys_w = torch.arange(start + 1, start + 1 + len(part_w), device=tensor.device)
+        keys_w = torch.arange(start + 1, start + 1 + len(part_w), device=words_W.device)
         keys_w.mul_(KEY_STEP)
         keys_w.bitwise_xor_(keys_w >> 32).mul_(KEY_MIX)
         keys_w.bitwise_xor_(keys_w >> 29).bitwise_or_(1)

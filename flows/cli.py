@@ -117,7 +117,7 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
 
     Parameters
     ----------
-    only: parts to measure, all unless given: iteration, recovery, storage, training, conversion.
+    only: parts to measure, all unless given: iteration, recovery, storage, training, conversion, gpu.
     output: JSON file for the figures.
     """
     server.use_server()

@@ -19,8 +19,10 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .attention import PackedRotaryEmbedding
 from .bridges import BRIDGES, HAS_TE, Packed
+from .compile import compile_layers
 from .cost import row_flops
 from .loading import load_hugging_face
+from .model_parts import unwrapped
 from .settings import Settings
 
 
@@ -33,6 +35,10 @@ class Model:
     """Pipeline stages on this rank, each wrapped in megatron-core's DistributedDataParallel."""
     hf_config: PretrainedConfig
     dtype: torch.dtype
+    compiled: bool = False
+    """Layers round otherwise with gradients than without."""
+    trained_tokens_only: bool = False
+    """The output layer is applied to the tokens that are asked for, outside megatron-core's model."""
 
     @property
     def dtype_name(self) -> str:
@@ -60,10 +66,12 @@ def build_model(
     *,
     trained: bool = True,
     value_head: bool = False,
+    compiled: bool = False,
 ) -> Model:
     """Build this rank's part and load ``config.path``, or start from random weights.
 
-    With ``value_head`` the output layer gives one number for each token, 0 before it is trained.
+    With ``value_head`` the output layer gives one number for each token, 0 before it is trained;
+    with ``compiled`` the layers go through torch.compile.
 
     Process groups and seeds must stand already; see :mod:`.parallel`. Random weights depend on the
     seed and the number of pipeline stages only. What is not ``trained`` has no place for gradients.
@@ -95,7 +103,10 @@ def build_model(
         if not config.random_weights:
             parts = [unwrapped(chunk) for chunk in chunks]
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
-    return Model(bridge, chunks, hf_config, dtype)
+    if compiled:
+        compile_layers(chunks)
+    trained_only = device == "cuda" and settings.tensor_parallel == 1 and not value_head
+    return Model(bridge, chunks, hf_config, dtype, compiled, trained_only)
 
 
 def build_empty(config: ModelConfig, settings: Settings) -> tuple[Packed, Any]:
@@ -129,13 +140,6 @@ def bridge_class(model_type: str) -> type[Packed]:
             f"{', '.join(sorted(BRIDGES))}"
         )
     return BRIDGES[model_type]
-
-
-def unwrapped(chunk: Any) -> Any:
-    """The GPT model inside DistributedDataParallel and mixed-precision wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _model_overrides(

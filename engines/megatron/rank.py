@@ -15,8 +15,8 @@ from rollflow.engines.algorithms.policy import needs
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
-from rollflow.engines.weights import PushResult
-from rollflow.engines.weights_on_gpu import cuda_ipc
+from rollflow.engines.weights import PushResult, Tally
+from rollflow.engines.weights_on_gpu import GpuTally, cuda_ipc
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.samples import Sample
@@ -41,6 +41,8 @@ class Rank:
 
     def __init__(self, learner: Learner, model: ModelConfig, shares_gpu: bool = False) -> None:
         self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
+        self._counted: Tally | GpuTally | None = None
+        """Checksums of the weights as they are, where they are on a GPU and known."""
 
     @classmethod
     def join(
@@ -74,7 +76,8 @@ class Rank:
         store = parallel.connect_store(master, timeout_s) if isinstance(master, str) else master
         parallel.join(store, rank, world_size, backend=platform.backend, timeout_s=timeout_s)
         parallel.make_groups(settings, trainer.seed, timeout_s=timeout_s)
-        built = build_model(model, settings, platform.device)
+        compiled = trainer.compile and platform.device == "cuda"
+        built = build_model(model, settings, platform.device, compiled=compiled)
         if trainer.ref_load:
             load_weights(built, trainer.ref_load)
         reference = Reference(built) if needs(algorithm).ref_logprobs else None
@@ -116,13 +119,19 @@ class Rank:
 
     def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One batch; the metrics."""
+        self._counted = None
         with memory.watched(shares_gpu=self._shares_gpu) as taken:
             metrics = train_on(self._learner, samples, step)
         return metrics | taken
 
     def digest(self, like: str = "") -> str:
         """Name of the weights as they are, of the kind of ``like``. All ranks take part."""
-        return weights.weights_digest(export_weights(self._learner.model), like)
+        exported = export_weights(self._learner.model)
+        if like or not self._shares_gpu:
+            return weights.weights_digest(exported, like)
+        if self._counted is None:
+            self._counted = weights.tally_of(exported, for_servers=True)
+        return self._counted.digest()
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:
         """Go back to a checkpoint.
@@ -130,6 +139,7 @@ class Rank:
         Raises:
             ValueError: the weights that came back are not those that were saved.
         """
+        self._counted = None
         load_checkpoint(self._learner, store, checkpoint)
         if (digest := self.digest(checkpoint.weights_digest)) != checkpoint.weights_digest:
             raise ValueError(
@@ -151,6 +161,7 @@ class Rank:
             version,
             timeout_s=self._learner.trainer.push_timeout_s,
             transport=cuda_ipc if self._shares_gpu else None,
+            counted=self._counted,
         )
         if self._shares_gpu:
             torch.cuda.empty_cache()  # the buckets' memory is the server's again

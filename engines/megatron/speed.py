@@ -31,6 +31,7 @@ def measure(
     tokens_per_micro_batch: int,
     steps: int,
     deterministic: bool,
+    compiled: bool,
 ) -> dict[str, Any]:
     """Supervised steps on random samples of one length, from random weights in bfloat16."""
     torch.cuda.reset_peak_memory_stats()
@@ -40,7 +41,9 @@ def measure(
         parallel.open_store("127.0.0.1"),
         model=ModelConfig(path=model_path, dtype="bfloat16", random_weights=True),
         trainer=TrainerConfig(
-            max_tokens_per_micro_batch=tokens_per_micro_batch, deterministic=deterministic
+            max_tokens_per_micro_batch=tokens_per_micro_batch,
+            deterministic=deterministic,
+            compile=compiled,
         ),
         megatron={"lr": 1e-6, "weight_decay": 0.0, "clip_grad": 1.0},
         algorithm=SftConfig(),
@@ -86,7 +89,7 @@ def matrix_flops_per_s() -> float:
     for _ in range(12):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        left @ right
+        torch.mm(left, right)
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)

@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -197,13 +198,15 @@ class RolloutManager:
             await self._fleet.update(version)
             self._client.release()
 
-    async def sleep(self) -> None:
-        """Leave the GPU to the trainer: the servers give back all memory that they can.
+    async def sleep(self) -> float:
+        """Leave the GPU to the trainer: the servers give back all memory that they can; seconds.
 
         Nothing may be generated until :meth:`hold`, new weights and :meth:`release`.
         """
+        started = time.perf_counter()
         if self._fleet is not None:
             await self._fleet.sleep()
+        return time.perf_counter() - started
 
     async def evaluate(self, name: str, step: int, policy_version: int) -> BatchRef:
         """Answer and score every prompt of an evaluation dataset; kept under ``evals/{name}``.
