@@ -21,7 +21,12 @@ def sum_words(words_W: Tensor, step: int, mix: int) -> Tensor:
 
 @triton.jit
 def _add_blocks(
-    words: Any, total: Any, count: Any, STEP: tl.constexpr, MIX: tl.constexpr, BLOCK: tl.constexpr
+    words,  # noqa: ANN001 - Triton reads annotations
+    total,  # noqa: ANN001
+    count,  # noqa: ANN001
+    STEP: tl.constexpr,
+    MIX: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     word = tl.load(words + place, mask=place < count, other=0).to(tl.int64)

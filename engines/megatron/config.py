@@ -30,9 +30,6 @@ class TrainerConfig(Config):
     """Weights of the reference policy, of the same kinds; empty: ``model.path``'s. Where ``load`` is
     empty the run starts from them too."""
     seed: int = 1234
-    compile: bool = False
-    """On a GPU: layers go through torch.compile. The first step takes a minute longer, the others half
-    as long; for models of some hundred million parameters and more."""
     deterministic: bool = True
     """Training the same batch again gives bit-equal weights, which going on from the log relies on. A
     CPU always does; on a GPU ``false`` takes faster kernels, and a step done again may be refused

@@ -19,8 +19,9 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .attention import PackedRotaryEmbedding
 from .bridges import BRIDGES, HAS_TE, Packed
-from .compile import compile_layers
 from .cost import row_flops
+from .fused import SETTINGS as FUSED
+from .fused import fuse_rotary_positions
 from .loading import load_hugging_face
 from .model_parts import unwrapped
 from .settings import Settings
@@ -36,7 +37,7 @@ class Model:
     hf_config: PretrainedConfig
     dtype: torch.dtype
     compiled: bool = False
-    """Layers round otherwise with gradients than without."""
+    """Parts of the layers are compiled, and may round otherwise with gradients than without."""
     trained_tokens_only: bool = False
     """The output layer is applied to the tokens that are asked for, outside megatron-core's model."""
 
@@ -66,12 +67,10 @@ def build_model(
     *,
     trained: bool = True,
     value_head: bool = False,
-    compiled: bool = False,
 ) -> Model:
     """Build this rank's part and load ``config.path``, or start from random weights.
 
-    With ``value_head`` the output layer gives one number for each token, 0 before it is trained;
-    with ``compiled`` the layers go through torch.compile.
+    With ``value_head`` the output layer gives one number for each token, 0 before it is trained.
 
     Process groups and seeds must stand already; see :mod:`.parallel`. Random weights depend on the
     seed and the number of pipeline stages only. What is not ``trained`` has no place for gradients.
@@ -103,10 +102,11 @@ def build_model(
         if not config.random_weights:
             parts = [unwrapped(chunk) for chunk in chunks]
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
-    if compiled:
-        compile_layers(chunks)
-    trained_only = device == "cuda" and settings.tensor_parallel == 1 and not value_head
-    return Model(bridge, chunks, hf_config, dtype, compiled, trained_only)
+    on_gpu = device == "cuda"
+    if on_gpu:
+        fuse_rotary_positions()
+    trained_only = on_gpu and settings.tensor_parallel == 1 and not value_head
+    return Model(bridge, chunks, hf_config, dtype, on_gpu, trained_only)
 
 
 def build_empty(config: ModelConfig, settings: Settings) -> tuple[Packed, Any]:
@@ -162,6 +162,8 @@ def _model_overrides(
             "bias_activation_fusion": False,
             "gradient_accumulation_fusion": False,
         }
+        if device == "cuda":
+            overrides |= FUSED
     return overrides | settings.transformer
 
 

@@ -17,7 +17,7 @@ from .cost import row_flops
 from .model import read_hf_config
 from .rank import Rank
 
-WARM_UP = 3
+WARM_UP = 5
 MATRIX = 8192
 """Rows and columns of the bfloat16 product that is the ceiling."""
 
@@ -31,7 +31,6 @@ def measure(
     tokens_per_micro_batch: int,
     steps: int,
     deterministic: bool,
-    compiled: bool,
 ) -> dict[str, Any]:
     """Supervised steps on random samples of one length, from random weights in bfloat16."""
     torch.cuda.reset_peak_memory_stats()
@@ -43,7 +42,6 @@ def measure(
         trainer=TrainerConfig(
             max_tokens_per_micro_batch=tokens_per_micro_batch,
             deterministic=deterministic,
-            compile=compiled,
         ),
         megatron={"lr": 1e-6, "weight_decay": 0.0, "clip_grad": 1.0},
         algorithm=SftConfig(),
