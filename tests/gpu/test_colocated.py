@@ -19,7 +19,8 @@ pytestmark = [
 STEPS = 4
 WORDS = (
     *("--steps", str(STEPS), "--model.random_weights", "true", "--evals", "[]"),
-    *("--trainer.lr_decay_style", "constant", "--rollout.batch_size", "16"),
+    *("--trainer.lr_decay_style", "constant", "--trainer.lr_warmup_steps", "0"),
+    *("--rollout.batch_size", "16", "--checkpoint.hf", "false"),
     *("--model.path", ".rollflow/arithmetic-gpu/model", "--name", "colocated"),
 )
 METRICS = """
