@@ -19,7 +19,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayActorError, RayTaskError
 
 from .config import ClusterConfig
-from .platform import one_thread_env
+from .platform import detect, one_thread_env
 
 OBJECT_STORE_BYTES = 128 << 20
 """Batches travel through the run's store, so Ray's own object store can be small."""
@@ -67,7 +67,7 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     temp_dir = tempfile.mkdtemp(prefix="rf-")
     try:
-        _start_private(namespace, temp_dir)
+        _start_private(namespace, temp_dir, detect(config.device).gpus)
     except BaseException:  # a signal too: what was started must not outlive us
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
@@ -75,12 +75,13 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     return ClusterRef("local", namespace, temp_dir)
 
 
-def _start_private(namespace: str, temp_dir: str) -> None:
+def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
     paths = [str(Path.cwd()), *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
     ray.init(
         address="local",
         namespace=namespace,
         num_cpus=1,
+        num_gpus=gpus,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,

@@ -36,6 +36,9 @@ class ClusterConfig(Config):
     address: str = "local"
     """``local``, or the address of a running cluster (``host:6379``, ``auto``)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    colocate: bool = False
+    """One GPU holds a trainer rank and a server. The server gives its memory back while the rank
+    trains, so generation and training take turns (``rollout.mode = "sync"``)."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     """Deadline for Ray and for each engine to come up."""
     max_recoveries: int = Field(default=5, ge=0)

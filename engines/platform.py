@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
+SHARE = 0.5
+"""Of a GPU that a trainer rank and a server share, for Ray's accounts; it divides no memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +18,19 @@ class Platform:
     """Where the engines compute, e.g. ``Platform("cpu", "gloo")``."""
 
     device: Device
-    backend: Literal["gloo", "nccl"]
-    """torch.distributed backend of the trainer's ranks."""
+    backend: Literal["gloo", "cpu:gloo,cuda:nccl"]
+    """torch.distributed backend of the trainer's ranks; it follows where a tensor is."""
+    gpus: int = 0
+    """GPUs that torch sees on this machine."""
 
-    @property
-    def gpus_per_engine(self) -> int:
-        """GPUs that Ray reserves for one trainer rank or one single-GPU server."""
-        return 1 if self.device == "cuda" else 0
+    def gpus_per_engine(self, *, shared: bool) -> float:
+        """GPUs that Ray reserves for one trainer rank or one single-GPU server.
+
+        ``shared``: a rank and a server have one GPU together.
+        """
+        if self.device == "cpu":
+            return 0
+        return SHARE if shared else 1
 
     def install_megatron_support(self) -> None:
         """Make megatron-core usable here. Call before megatron is imported."""
@@ -52,7 +60,9 @@ def detect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
             "cluster.device is 'cuda' but torch sees no CUDA device on this machine; "
             "set cluster.device to 'auto' or 'cpu', or check the driver with nvidia-smi"
         )
-    return Platform("cuda", "nccl")
+    import torch
+
+    return Platform("cuda", "cpu:gloo,cuda:nccl", torch.cuda.device_count())
 
 
 def one_thread_env() -> dict[str, str]:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import pickle
 import ssl
@@ -25,6 +26,8 @@ import httpx
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .weights_on_gpu import GpuTally
 
 Named = tuple[str, "Tensor"]
 
@@ -80,8 +83,11 @@ def push(
     *,
     timeout_s: float,
     transport: Transport | None = None,
+    counted: Tally | GpuTally | None = None,
 ) -> PushResult:
     """Bring weights to each server under ``version`` and verify what each holds then.
+
+    ``counted``: the tally of these weights, where it is known already.
 
     Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
     silent is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
@@ -92,7 +98,7 @@ def push(
     """
     started = time.perf_counter()
     transport = transport or mapped_file
-    tally = Tally()
+    tally, named = (counted, named) if counted else tally_for(named, for_servers=bool(urls))
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         # Servers speak plain HTTP; a context without authorities spares reading all of them.
@@ -105,17 +111,23 @@ def push(
         }
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(urls))))
 
-        def each(act: Callable[[httpx.Client, Any], None], argument: Any) -> None:
+        def each(
+            act: Callable[[httpx.Client, Any], None],
+            argument: Any,
+            meanwhile: Callable[[], None] = lambda: None,
+        ) -> None:
             alive = [url for url in urls if url not in failed]
             reasons = pool.map(lambda url: _reason(act, clients[url], argument), alive)
+            meanwhile()
             failed.update((u, r) for u, r in zip(alive, reasons, strict=True) if r)
 
         for bucket, is_last in _buckets(named):
-            for name, tensor in bucket:
-                tally.add(name, tensor)
+            count = functools.partial(_count, tally, () if counted else bucket)
             if urls:
                 with transport(bucket) as post:
-                    each(post, version if is_last else None)
+                    each(post, version if is_last else None, count)
+            else:
+                count()
         checksums = tally.server_checksums()
         each(lambda client, version: verify(client, checksums, version), version)
     return PushResult(
@@ -128,12 +140,45 @@ def push(
     )
 
 
-def weights_digest(named: Iterable[Named]) -> str:
-    """The name of a set of weights: sha256 over names, types, shapes and bytes, in any order."""
-    tally = Tally()
+def weights_digest(named: Iterable[Named], like: str = "") -> str:
+    """The name of a set of weights: a hash over names, types, shapes and bytes, in any order.
+
+    It is of the kind that ``like`` is, or of that which suits where the weights are: sha256 of
+    their bytes on a CPU, sums over their words on a GPU.
+    """
+    return tally_of(named, like=like).digest()
+
+
+def tally_of(
+    named: Iterable[Named], *, for_servers: bool = False, like: str = ""
+) -> Tally | GpuTally:
+    """Count all weights; see :func:`tally_for`."""
+    tally, named = tally_for(named, for_servers=for_servers, like=like)
+    _count(tally, named)
+    return tally
+
+
+def tally_for(
+    named: Iterable[Named], *, for_servers: bool, like: str = ""
+) -> tuple[Tally | GpuTally, Iterator[Named]]:
+    """(the tally that suits these weights, the weights)."""
+    weights = iter(named)
+    first = next(weights, None)
+    if first is None:
+        return Tally(), weights
+    weights = itertools.chain([first], weights)
+    if not like and not first[1].is_cuda:
+        return Tally(), weights
+    from . import weights_on_gpu
+
+    if like and not like.startswith(weights_on_gpu.KIND):
+        return Tally(), weights
+    return weights_on_gpu.GpuTally(for_servers=for_servers), weights
+
+
+def _count(tally: Tally | GpuTally, named: Iterable[Named]) -> None:
     for name, tensor in named:
         tally.add(name, tensor)
-    return tally.digest()
 
 
 class Tally:
@@ -157,8 +202,8 @@ class Tally:
                 f"{name} came as part {expected} of {fused} but is part {place}; "
                 "export the parts of a fused weight in order"
             )
-        padded = _padded(name, tensor)
-        hasher.update(data if padded is tensor else _bytes_of(padded))
+        wider = padded(name, tensor)
+        hasher.update(data if wider is tensor else _bytes_of(wider))
         self._fused[fused] = (place + 1, hasher)
 
     def digest(self) -> str:
@@ -178,14 +223,15 @@ def server_name(name: str) -> tuple[str, int]:
     return name, 0
 
 
-def _padded(name: str, tensor: Tensor) -> Tensor:
-    for suffix, (dimension, multiple) in PADDED.items():
+def padded(name: str, tensor: Tensor, multiples: Mapping[str, tuple[int, int]] = PADDED) -> Tensor:
+    """The tensor as a server keeps it, with its padding; ``multiples`` is as ``PADDED``."""
+    for suffix, (dimension, multiple) in multiples.items():
         if name.endswith(suffix) and (missing := -tensor.shape[dimension] % multiple):
             shape = [*tensor.shape]
             shape[dimension] += missing
-            padded = tensor.new_zeros(shape)
-            padded.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor.detach())
-            return padded
+            wider = tensor.new_zeros(shape)
+            wider.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor.detach())
+            return wider
     return tensor
 
 
@@ -249,7 +295,7 @@ def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
             start = end
         content = {"flattened_tensor": _MappedBytes(path, start), "metadata": metadata}
         payload = base64.b64encode(pickle.dumps(content, protocol=5)).decode()
-        yield functools.partial(_post_tensors, payload)
+        yield functools.partial(post_tensors, payload)
     finally:
         os.close(descriptor)
 
@@ -268,7 +314,8 @@ class _MappedBytes:
         return build, (self.path, False, self.size)
 
 
-def _post_tensors(payload: str, client: httpx.Client, version: int | None) -> None:
+def post_tensors(payload: str, client: httpx.Client, version: int | None) -> None:
+    """Have a server load one flattened bucket, pickled in base64; the version comes with the last."""
     body: dict[str, Any] = {
         "serialized_named_tensors": [payload],
         "load_format": "flattened_bucket",

@@ -93,7 +93,9 @@ def evaluate(config: str, *words: Words, step: int | None = None, dry_run: bool 
 
 
 @app.command
-def demo(seed: int = 0, seconds_install: float = 0.0, store: str = "") -> None:
+def demo(
+    seed: int = 0, seconds_install: float = 0.0, store: str = "", *, gpu: bool = False
+) -> None:
     """Train a tiny model on arithmetic: supervised warm-up, then GRPO, all real parts, on a CPU.
 
     Parameters
@@ -101,11 +103,12 @@ def demo(seed: int = 0, seconds_install: float = 0.0, store: str = "") -> None:
     seed: seed of data order, weights and sampling.
     seconds_install: seconds that the installation took, for the report.
     store: where the runs are kept, e.g. s3://bucket/prefix.
+    gpu: a small model instead, on one GPU.
     """
     ui = server.use_server()
     from .demo import run_demo
 
-    asyncio.run(run_demo(seed, seconds_install, store, ui, console))
+    asyncio.run(run_demo(seed, seconds_install, store, ui, console, gpu=gpu))
 
 
 @app.command
@@ -115,7 +118,7 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
     Parameters
     ----------
     only: parts to measure, all unless given: iteration, recovery, storage, training,
-        conversion, modes.
+        conversion, modes, gpu.
     output: JSON file for the figures.
     """
     server.use_server()

@@ -24,20 +24,25 @@ WARM, TRAINED = Path(".rollflow/arithmetic/warm"), Path(".rollflow/arithmetic/tr
 
 
 async def run_demo(
-    seed: int, seconds_install: float, store: str, ui: str, console: Console
+    seed: int, seconds_install: float, store: str, ui: str, console: Console, *, gpu: bool = False
 ) -> None:
     """Make data and model, warm up, train, print what came out and write it to ``demo.json``.
 
     Args:
         store: URL where runs are kept; that of the recipes where it is empty.
+        gpu: with the larger model, on one GPU that trainer and server share.
     """
     started = time.perf_counter()
-    arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
+    device = "gpu" if gpu else "cpu"
+    if gpu:
+        arithmetic.make(Path(".rollflow/arithmetic-gpu"), seed=seed, model=arithmetic.GPU_MODEL)
+    else:
+        arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     where = ("--store.url", store) if store else ()
-    weights = await warm_weights(f"{name}-sft", seed, *where)
+    weights = await warm_weights(f"{name}-sft", seed, *where, device=device)
     config = load_config(
-        recipes()["arithmetic_cpu"], seeded(name, seed, "--model.path", weights, *where)
+        recipes()[f"arithmetic_{device}"], seeded(name, seed, "--model.path", weights, *where)
     )
     summary = await train(config)
     trained = await checkpoint_weights(config.store, summary.run, None)
@@ -48,13 +53,13 @@ async def run_demo(
     _print(config, facts, ui, console)
 
 
-async def warm_weights(name: str, seed: int, *words: str) -> str:
+async def warm_weights(name: str, seed: int, *words: str, device: str = "cpu") -> str:
     """Teach the format and some of the sums from labels, until about half is right.
 
     Returns:
         Folder of the weights in Hugging Face's format; a copy is kept at ``WARM``.
     """
-    config = load_config(recipes()["arithmetic_sft_cpu"], seeded(name, seed, *words))
+    config = load_config(recipes()[f"arithmetic_sft_{device}"], seeded(name, seed, *words))
     summary = await sft(config)
     weights = await checkpoint_weights(config.store, summary.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"

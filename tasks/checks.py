@@ -6,7 +6,8 @@ from pathlib import Path
 from rollflow.engines.algorithms.config import own_function
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.megatron.settings import PARALLEL
-from rollflow.engines.platform import detect
+from rollflow.engines.platform import Platform, detect
+from rollflow.engines.rollout.server_args import gpus_per_server
 from rollflow.storage.config import DataConfig
 from rollflow.storage.prompts import PromptSet
 
@@ -24,12 +25,46 @@ def check_settings(config: RunSettings) -> None:
 
 
 def check_platform(config: RunSettings) -> None:
-    """The device exists and the dtype suits it."""
+    """The device exists, the dtype suits it, and there are GPUs enough."""
     platform = detect(config.cluster.device)
     if platform.device == "cpu" and config.model.dtype != "float32":
         raise ValueError(
             f"model.dtype = {config.model.dtype!r} on a CPU: use 'float32', or set cluster.device to 'cuda'"
         )
+    if config.cluster.colocate:
+        check_colocation(config, platform)
+    elif platform.device == "cuda" and config.cluster.address == "local":
+        servers = config.rollout.servers * gpus_per_server(config.sglang, platform.device)
+        if (needed := config.trainer.ranks + servers) > platform.gpus:
+            raise ValueError(
+                f"trainer.ranks = {config.trainer.ranks} and rollout.servers = "
+                f"{config.rollout.servers} take {needed} GPUs, this machine has {platform.gpus}; "
+                "make them fewer, or set cluster.colocate = true to share one"
+            )
+
+
+def check_colocation(config: RunSettings, platform: Platform) -> None:
+    """One rank and one server can share a GPU, by turns."""
+    if platform.device == "cpu":
+        raise ValueError(
+            "cluster.colocate = true on a CPU: there is no GPU to share; remove it (processes on a "
+            "CPU share it anyway) or set cluster.device to 'cuda'"
+        )
+    if config.rollout.mode != "sync":
+        raise ValueError(
+            f"rollout.mode = {config.rollout.mode!r} generates while the trainer trains, but with "
+            "cluster.colocate = true they take turns; set rollout.mode = 'sync'"
+        )
+    for field, found in (
+        ("trainer.ranks", config.trainer.ranks),
+        ("rollout.servers", config.rollout.servers),
+        ("GPUs of a server (sglang.tp_size x pp_size)", gpus_per_server(config.sglang, "cuda")),
+    ):
+        if found > 1:
+            raise ValueError(
+                f"{field} = {found} with cluster.colocate = true: this version shares one GPU "
+                "between one rank and one server; set it to 1 or colocate to false"
+            )
 
 
 def check_hooks(config: RunSettings) -> None:

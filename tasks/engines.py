@@ -46,6 +46,8 @@ class Engines:
     timeout_s: float
     """Deadline of one call."""
     has_servers: bool
+    take_turns: bool = False
+    """Servers and trainer share a GPU: the servers sleep while the trainer trains."""
 
 
 @asynccontextmanager
@@ -64,6 +66,7 @@ async def running_engines(
         manager=MANAGER if rollout else "",
         timeout_s=config.trainer.step_timeout_s,
         has_servers=rollout and config.rollout.servers > 0,
+        take_turns=config.cluster.colocate and train and rollout and config.rollout.servers > 0,
     )
     try:
         try:
@@ -77,7 +80,7 @@ async def running_engines(
 
 @task(name="start engines", cache_policy=NO_CACHE)
 async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
-    """Start trainer and rollout side by side."""
+    """Start trainer and rollout side by side, or one after the other where they share a GPU."""
     platform = detect(config.cluster.device)
     timeout_s = config.cluster.start_timeout_s
     starts = []
@@ -85,7 +88,11 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
         starts.append(_start_rollout(config, plan, platform, timeout_s))
     if engines.ranks:
         starts.append(_start_trainer(config, plan, engines, platform, timeout_s))
-    await asyncio.gather(*starts)
+    if engines.take_turns:
+        for start in starts:  # a server's cache takes its share of what it finds free
+            await start
+    else:
+        await asyncio.gather(*starts)
     if engines.ranks and engines.has_servers:
         await cluster.call(
             engines.manager,
@@ -126,6 +133,7 @@ async def _start_rollout(
         dict(config.router),
         platform.device,
         str(log_folder(plan.run.name)),
+        config.cluster.colocate,
         max_concurrency=64,
     )
     await cluster.call(MANAGER, "start", timeout_s=timeout_s)
@@ -150,7 +158,8 @@ async def _start_trainer(
             config.rollout.sampling.temperature,
             config.steps,
             platform.device,
-            gpus=platform.gpus_per_engine,
+            config.cluster.colocate,
+            gpus=platform.gpus_per_engine(shared=config.cluster.colocate),
         )
     master = await cluster.call(engines.ranks[0], "address", timeout_s=timeout_s)
     await cluster.call(engines.ranks, "setup", master[0], timeout_s=timeout_s)

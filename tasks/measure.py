@@ -1,6 +1,7 @@
 """What the benches measure of an engine alone."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rollflow.engines.conversion.config import ConvertConfig
+from rollflow.engines.platform import detect
 
 _CONVERT = """
 import dataclasses, json, sys
@@ -15,6 +17,27 @@ from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.convert import convert
 print(json.dumps(dataclasses.asdict(convert(ConvertConfig.model_validate_json(sys.argv[1])))))
 """
+
+
+_TRAIN = """
+import json, sys
+from rollflow.engines.megatron.speed import measure
+print(json.dumps(measure(**json.loads(sys.argv[1]))))
+"""
+
+
+def gpu_name() -> str:
+    """Name of the GPU that torch sees first; empty where it sees none."""
+    if detect().device == "cpu":
+        return ""
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def train_alone(model_path: str, **settings: Any) -> dict[str, Any]:
+    """Training steps in a process of their own, with a GPU to itself; see ``engines.megatron.speed``."""
+    return json.loads(_alone(_TRAIN, json.dumps({"model_path": model_path, **settings})))
 
 
 async def compare_training(model_path: str, steps: int, samples: int) -> dict[str, Any]:
@@ -33,9 +56,14 @@ def make_large_checkpoint(folder: Path, size: int) -> int:
 
 def convert_alone(config: ConvertConfig) -> str:
     """Convert in a process of its own, whose peak memory is the conversion's; its result as JSON."""
-    command = [sys.executable, "-W", "ignore", "-c", _CONVERT, config.model_dump_json()]
+    return _alone(_CONVERT, config.model_dump_json())
+
+
+def _alone(program: str, settings: str) -> str:
+    """The last line that the program prints."""
+    command = [sys.executable, "-W", "ignore", "-c", program, settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
     if done.returncode:
-        raise RuntimeError(f"conversion of {config.source} failed: {done.stderr[-800:]}")
+        raise RuntimeError(f"{settings} failed: {done.stderr[-800:]}")
     return done.stdout.strip().splitlines()[-1]

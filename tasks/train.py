@@ -1,5 +1,7 @@
 """Train on a committed batch."""
 
+from dataclasses import replace
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -14,10 +16,16 @@ from .engines import Engines
 async def train_step(engines: Engines, batch: BatchRef) -> TrainResult:
     """Every rank reads its share of the batch from the store and takes part in the update.
 
+    Servers on the same GPU sleep from here on, until they are given the new weights.
+
     Raises:
         GateError: trainer and rollout disagree about log-probabilities, or the first ratio is not 1.
         RuntimeError: ranks ended with different weights.
     """
+    asleep: dict[str, float] = {}
+    if engines.take_turns:
+        [seconds] = await cluster.call(engines.manager, "sleep", timeout_s=engines.timeout_s)
+        asleep = {"perf/sleep_s": seconds}
     results = await cluster.call(engines.ranks, "train", batch, timeout_s=engines.timeout_s)
     if len({r.weights_digest for r in results}) > 1:
         digests = ", ".join(
@@ -26,4 +34,4 @@ async def train_step(engines: Engines, batch: BatchRef) -> TrainResult:
         raise RuntimeError(
             f"step {batch.step}: the ranks' weights differ after training ({digests})"
         )
-    return results[0]
+    return replace(results[0], metrics=results[0].metrics | asleep)

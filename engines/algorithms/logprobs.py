@@ -7,7 +7,8 @@ logits, and every probability with it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from functools import cache
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .metrics import AllReduce
 
 _CHUNK_ELEMENTS = 2**25
+_CHUNK_ELEMENTS_ON_GPU = 2**28
 
 
 def target_logprobs(
@@ -26,7 +28,7 @@ def target_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     all_reduce: AllReduce | None = None,
-    chunk_elements: int = _CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities of the targets, entropies of the distributions), both float32 [T], nats.
 
@@ -34,7 +36,7 @@ def target_logprobs(
     vocabulary is split evenly over ranks, ``logits_TV`` holds the columns from ``vocab_start`` on
     and ``all_reduce`` reduces a tensor in place over those ranks. Columns from ``vocab_size`` on
     (counted in the whole vocabulary) are padding and take no part. About ``chunk_elements`` logits
-    are held in float32 at a time. Both results are differentiable in the logits, exactly. A target
+    are held in float32 at a time; on a GPU the work is compiled and holds fewer. Both results are differentiable in the logits, exactly. A target
     outside the vocabulary has log-probability NaN.
 
     Raises ValueError where shapes do not fit or the temperature is not positive.
@@ -48,6 +50,8 @@ def target_logprobs(
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
     width = logits_TV.shape[1]
     columns = width if vocab_size is None else min(width, max(0, vocab_size - vocab_start))
+    if chunk_elements is None:
+        chunk_elements = _CHUNK_ELEMENTS_ON_GPU if logits_TV.is_cuda else _CHUNK_ELEMENTS
     split = _Split(columns, temperature, all_reduce, max(1, chunk_elements // max(1, width)))
     apply = cast(
         Callable[..., tuple[Tensor, Tensor]],
@@ -66,7 +70,8 @@ class _Split(NamedTuple):
     def scaled(self, logits_cV: Tensor) -> Tensor:
         """A new float32 tensor: logits / temperature, -inf where they are padding."""
         scaled_cV = logits_cV.float() / self.temperature
-        scaled_cV[:, self.columns :] = -torch.inf
+        if self.columns < scaled_cV.shape[1]:
+            scaled_cV[:, self.columns :] = -torch.inf
         return scaled_cV
 
     def owned(self, targets_c: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,9 +90,10 @@ class _TargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tokens = logits_TV.shape[0]
         results_4T = logits_TV.new_empty((4, tokens), dtype=torch.float32)
+        forward_chunk = _for_device(_forward_chunk, logits_TV, split)
         for start in range(0, tokens, split.chunk_tokens):
             rows = slice(start, start + split.chunk_tokens)
-            results_4T[:, rows] = _forward_chunk(logits_TV[rows], targets_T[rows], split)
+            results_4T[:, rows] = forward_chunk(logits_TV[rows], targets_T[rows], split)
         logprobs_T, entropy_T, highest_T, log_total_T = (row_T.clone() for row_T in results_4T)
         ctx.save_for_backward(logits_TV, targets_T, highest_T, log_total_T, entropy_T)
         ctx.set_materialize_grads(False)
@@ -107,18 +113,73 @@ class _TargetLogprobs(torch.autograd.Function):
         on_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
         on_entropy_T = zeros_T if grad_entropy_T is None else grad_entropy_T
         grad_TV = torch.empty_like(logits_TV)
+        backward_chunk = _for_device(_backward_chunk, logits_TV, split)
         for start in range(0, logits_TV.shape[0], split.chunk_tokens):
             rows = slice(start, start + split.chunk_tokens)
-            here_c, column_c = split.owned(targets_T[rows])
-            log_p_cV = split.scaled(logits_TV[rows]).sub_(highest_T[rows, None])
-            log_p_cV.sub_(log_total_T[rows, None])
-            p_cV = log_p_cV.exp()
-            log_p_cV.masked_fill_(p_cV == 0, 0.0).add_(entropy_T[rows, None])
-            log_p_cV.mul_(on_entropy_T[rows, None]).add_(on_logprobs_T[rows, None])
-            gradient_cV = p_cV.mul_(log_p_cV).neg_()
-            gradient_cV.scatter_add_(1, column_c[:, None], (on_logprobs_T[rows] * here_c)[:, None])
-            grad_TV[rows] = gradient_cV / split.temperature
+            grad_TV[rows] = backward_chunk(
+                logits_TV[rows],
+                targets_T[rows],
+                highest_T[rows],
+                log_total_T[rows],
+                entropy_T[rows],
+                on_logprobs_T[rows],
+                on_entropy_T[rows],
+                split,
+            )
         return grad_TV, None, None
+
+
+_P = ParamSpec("_P")
+
+
+def _for_device(
+    function: Callable[_P, Tensor], logits_TV: Tensor, split: _Split
+) -> Callable[_P, Tensor]:
+    """The function, or on a GPU one that computes it in a few passes over the logits."""
+    if not logits_TV.is_cuda or split.all_reduce is not None:
+        return function
+    return _compiled(function)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    make: Any = cast(Any, torch).compile
+    return make(function, dynamic=True)
+
+
+def _backward_chunk(
+    logits_cV: Tensor,
+    targets_c: Tensor,
+    highest_c: Tensor,
+    log_total_c: Tensor,
+    entropy_c: Tensor,
+    on_logprobs_c: Tensor,
+    on_entropy_c: Tensor,
+    split: _Split,
+) -> Tensor:
+    """Gradient of the logits, in their type."""
+    here_c, column_c = split.owned(targets_c)
+    log_p_cV = split.scaled(logits_cV).sub_(highest_c[:, None])
+    log_p_cV.sub_(log_total_c[:, None])
+    p_cV = log_p_cV.exp()
+    log_p_cV.masked_fill_(p_cV == 0, 0.0).add_(entropy_c[:, None])
+    log_p_cV.mul_(on_entropy_c[:, None]).add_(on_logprobs_c[:, None])
+    gradient_cV = p_cV.mul_(log_p_cV).neg_()
+    add = _add_everywhere if logits_cV.is_cuda else _add_at
+    gradient_cV = add(gradient_cV, column_c, on_logprobs_c * here_c)
+    return (gradient_cV / split.temperature).to(logits_cV.dtype)
+
+
+def _add_at(gradient_cV: Tensor, column_c: Tensor, amount_c: Tensor) -> Tensor:
+    """Add one number to one column of each row."""
+    return gradient_cV.scatter_add_(1, column_c[:, None], amount_c[:, None])
+
+
+def _add_everywhere(gradient_cV: Tensor, column_c: Tensor, amount_c: Tensor) -> Tensor:
+    """The same as one pass over all columns, which a compiler fuses with the pass before."""
+    columns_V = torch.arange(gradient_cV.shape[1], device=gradient_cV.device)
+    here_cV = columns_V == column_c[:, None]
+    return gradient_cV + torch.where(here_cV, amount_c[:, None], 0.0)
 
 
 def _forward_chunk(logits_cV: Tensor, targets_c: Tensor, split: _Split) -> Tensor:

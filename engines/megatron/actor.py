@@ -60,11 +60,12 @@ class TrainerRank:
         temperature: float,
         total_steps: int,
         device: str,
+        shares_gpu: bool = False,
     ) -> None:
         self._rank, self._world_size, self._run = rank, world_size, run
         self._store = Store(store)
         self._settings = (model, trainer, megatron, algorithm, gates, temperature, total_steps)
-        self._trainer, self._device = trainer, device
+        self._trainer, self._device, self._shares_gpu = trainer, device, shares_gpu
         self._master: Any = None
         self._live: Rank | None = None
         self._trained: tuple[tuple[int, str], TrainResult] | None = None
@@ -99,6 +100,7 @@ class TrainerRank:
             temperature=temperature,
             total_steps=total_steps,
             device=self._device,
+            shares_gpu=self._shares_gpu,
         )
         return self._live.describe()
 

@@ -10,6 +10,8 @@ Context parallel ranks share a row: of each sequence, cut into 2C chunks, rank r
 gathered, queries stay.
 """
 
+import functools
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,10 +263,17 @@ def _attend_with_flash(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0), scale=scale)
+    causal = {"window_size": (-1, 0), "scale": scale, **_grouped_queries()}
+    out = varlen_attn(q, k, v, borders, borders, longest, longest, **causal)
     assert isinstance(out, torch.Tensor)
     return out
+
+
+@functools.cache
+def _grouped_queries() -> dict[str, Any]:
+    """Newer releases of PyTorch ask for a word; older ones take fewer keys than queries without."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if "enable_gqa" in known else {}

@@ -41,7 +41,8 @@ from . import parallel
 from .critic import Critic
 from .export import copy_small_files, save_hugging_face
 from .learner import Learner
-from .model import Model, unwrapped
+from .model import Model
+from .model_parts import unwrapped
 from .optimizer_state import optimizer_state, restore_optimizer
 
 T = TypeVar("T")

@@ -36,6 +36,10 @@ class TrainerConfig(Config):
     """Weights of the reference policy, of the same kinds; empty: ``model.path``'s. Where ``load`` is
     empty the run starts from them too."""
     seed: int = 1234
+    deterministic: bool = True
+    """Training the same batch again gives bit-equal weights, which going on from the log relies on. A
+    CPU always does; on a GPU ``false`` takes faster kernels, and a step done again may be refused
+    because its weights differ."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Deadline of one train step, checkpoint or weight push."""
     push_timeout_s: float = Field(default=120.0, gt=0)

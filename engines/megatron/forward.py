@@ -17,6 +17,7 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 
 from .batch import MicroBatch
 from .model import Model
+from .model_parts import output_layer, without_output_layer
 
 LossFn = Callable[[int, Tensor, Tensor], tuple[Tensor, Metrics]]
 """(number of the micro-batch, log-probs [M], entropies [M]) -> (its share of the loss, metrics)."""
@@ -35,9 +36,10 @@ def logprobs_of(
     """
 
     def keep(number: int, logprobs_M: Tensor, entropy_M: Tensor) -> tuple[Tensor, Any]:
-        return logprobs_M.sum(), logprobs_M
+        return logprobs_M.sum(), logprobs_M.detach()
 
-    with torch.no_grad():
+    # What is compiled with gradients rounds as the training pass does, to which this is compared.
+    with torch.set_grad_enabled(model.compiled):
         read = _read_logprobs(model, temperature)
         return _run(model, micro_batches, read, keep, forward_only=True)
 
@@ -106,7 +108,10 @@ def _read_logprobs(model: Model, temperature: float) -> _Read:
     vocab_rank = parallel_state.get_tensor_model_parallel_rank()
     split = parallel_state.get_tensor_model_parallel_world_size() > 1
 
-    def read(batch: MicroBatch, logits_HV: Tensor) -> tuple[Tensor, Tensor]:
+    def read(batch: MicroBatch, output_HX: Tensor) -> tuple[Tensor, Tensor]:
+        logits_HV = output_HX
+        if model.trained_tokens_only:
+            logits_HV = output_layer(model.chunks[-1], output_HX)
         return target_logprobs(
             logits_HV,
             batch.targets_M[batch.held_H],
@@ -131,21 +136,28 @@ def _run(
     *,
     forward_only: bool,
 ) -> list[Any]:
-    def loss(number: int, batch: MicroBatch, output_1TX: Tensor) -> tuple[Tensor, Tensor, Any]:
-        held = read(batch, output_1TX[0].index_select(0, batch.places_H))
+    def loss(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        output_TX = output[:, 0] if model.trained_tokens_only else output[0]
+        held = read(batch, output_TX.index_select(0, batch.places_H))
         share, kept = loss_fn(number, *(_of_all_tokens(own_H, batch) for own_H in held))
         # The count is megatron-core's divisor of a sum over tokens; our weights divide already.
         return share, torch.zeros((), dtype=torch.int, device=share.device), kept
 
     def forward_step(batches: Iterator[tuple[int, MicroBatch]], chunk: Any) -> tuple[Tensor, Any]:
         number, batch = next(batches)
-        output = chunk(
-            input_ids=batch.tokens_T[None],
-            position_ids=batch.packed.positions_T[None],
-            attention_mask=None,
-            packed_seq_params=batch.packed,
-        )
-        return output, partial(loss, number, batch)
+        inputs: dict[str, Any] = {
+            "input_ids": batch.tokens_T[None],
+            "position_ids": batch.packed.positions_T[None],
+            "attention_mask": None,
+            "packed_seq_params": batch.packed,
+        }
+        if not model.trained_tokens_only:
+            return chunk(**inputs), partial(loss, number, batch)
+        if model.dtype is torch.bfloat16:
+            inputs["fp32_output"] = False
+        with without_output_layer(chunk):
+            output_T1D = chunk(**inputs)
+        return output_T1D, partial(loss, number, batch)
 
     for chunk in model.chunks:
         chunk.config.finalize_model_grads_func = _finalize

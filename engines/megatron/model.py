@@ -20,7 +20,10 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 from .attention import PackedRotaryEmbedding
 from .bridges import BRIDGES, HAS_TE, Packed
 from .cost import row_flops
+from .fused import SETTINGS as FUSED
+from .fused import fuse_rotary_positions
 from .loading import load_hugging_face
+from .model_parts import unwrapped
 from .settings import Settings
 
 
@@ -33,6 +36,10 @@ class Model:
     """Pipeline stages on this rank, each wrapped in megatron-core's DistributedDataParallel."""
     hf_config: PretrainedConfig
     dtype: torch.dtype
+    compiled: bool = False
+    """Parts of the layers are compiled, and may round otherwise with gradients than without."""
+    trained_tokens_only: bool = False
+    """The output layer is applied to the tokens that are asked for, outside megatron-core's model."""
 
     @property
     def dtype_name(self) -> str:
@@ -95,7 +102,11 @@ def build_model(
         if not config.random_weights:
             parts = [unwrapped(chunk) for chunk in chunks]
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
-    return Model(bridge, chunks, hf_config, dtype)
+    on_gpu = device == "cuda"
+    if on_gpu:
+        fuse_rotary_positions()
+    trained_only = on_gpu and settings.tensor_parallel == 1 and not value_head
+    return Model(bridge, chunks, hf_config, dtype, on_gpu, trained_only)
 
 
 def build_empty(config: ModelConfig, settings: Settings) -> tuple[Packed, Any]:
@@ -131,13 +142,6 @@ def bridge_class(model_type: str) -> type[Packed]:
     return BRIDGES[model_type]
 
 
-def unwrapped(chunk: Any) -> Any:
-    """The GPT model inside DistributedDataParallel and mixed-precision wrappers."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
 def _model_overrides(
     hf_config: PretrainedConfig, settings: Settings, device: str
 ) -> dict[str, Any]:
@@ -158,6 +162,8 @@ def _model_overrides(
             "bias_activation_fusion": False,
             "gradient_accumulation_fusion": False,
         }
+        if device == "cuda":
+            overrides |= FUSED
     return overrides | settings.transformer
 
 

@@ -35,10 +35,13 @@ def open_store(host: str) -> TCPStore:
 
 def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:
     """Make the default process group. Every rank must call it within ``timeout_s`` seconds."""
-    if store.host.startswith("127.") and backend == "gloo":
+    on_loopback = store.host.startswith("127.")
+    if on_loopback:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    if backend == "nccl":
+    if "nccl" in backend:
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        if on_loopback:
+            os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     timeout = datetime.timedelta(seconds=timeout_s)
     with one_device():
         dist.init_process_group(

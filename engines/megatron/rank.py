@@ -15,15 +15,17 @@ from rollflow.engines.algorithms.policy import needs
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
-from rollflow.engines.weights import PushResult
+from rollflow.engines.weights import PushResult, Tally
+from rollflow.engines.weights_on_gpu import GpuTally, cuda_ipc
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.samples import Sample
 
-from . import parallel
+from . import memory, parallel
 from .checkpoint import Saving, load_checkpoint, save_checkpoint
 from .config import GatesConfig, TrainerConfig
 from .critic import Critic, build_critic
+from .determinism import require_determinism
 from .export import export_weights
 from .learner import Learner
 from .model import build_model
@@ -37,8 +39,10 @@ from .step import train_on
 class Rank:
     """See :class:`.actor.TrainerRank`, which counts versions and reads batches."""
 
-    def __init__(self, learner: Learner, model: ModelConfig) -> None:
-        self._learner, self._model = learner, model
+    def __init__(self, learner: Learner, model: ModelConfig, shares_gpu: bool = False) -> None:
+        self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
+        self._counted: Tally | GpuTally | None = None
+        """Checksums of the weights as they are, where they are on a GPU and known."""
 
     @classmethod
     def join(
@@ -55,11 +59,17 @@ class Rank:
         temperature: float,
         total_steps: int,
         device: str,
+        shares_gpu: bool = False,
     ) -> Rank:
-        """Meet the other ranks at ``master`` and build everything; ``temperature`` 0 counts as 1."""
+        """Meet the other ranks at ``master`` and build everything; ``temperature`` 0 counts as 1.
+
+        ``shares_gpu``: memory that a step does not need any more is a server's.
+        """
         platform = detect("cuda" if device == "cuda" else "cpu")
         if platform.device == "cpu":
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        elif trainer.deterministic:
+            require_determinism()
         settings = split_settings(megatron)
         settings.data_parallel(world_size)
         timeout_s = trainer.step_timeout_s
@@ -88,7 +98,7 @@ class Rank:
             own_advantage=_own(algorithm, "advantage"),
             own_loss=_own(algorithm, "loss"),
         )
-        return cls(learner, model)
+        return cls(learner, model, shares_gpu)
 
     def describe(self) -> dict[str, Any]:
         """Facts about the rank, for reports."""
@@ -101,13 +111,26 @@ class Rank:
             "dtype": self._learner.model.dtype_name,
         }
 
+    @property
+    def transformer_config(self) -> Any:
+        """megatron-core's TransformerConfig of the policy."""
+        return self._learner.model.bridge.config
+
     def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One batch; the metrics."""
-        return train_on(self._learner, samples, step)
+        self._counted = None
+        with memory.watched(shares_gpu=self._shares_gpu) as taken:
+            metrics = train_on(self._learner, samples, step)
+        return metrics | taken
 
-    def digest(self) -> str:
-        """Name of the weights as they are. All ranks take part."""
-        return weights.weights_digest(export_weights(self._learner.model))
+    def digest(self, like: str = "") -> str:
+        """Name of the weights as they are, of the kind of ``like``. All ranks take part."""
+        exported = export_weights(self._learner.model)
+        if like or not self._shares_gpu:
+            return weights.weights_digest(exported, like)
+        if self._counted is None:
+            self._counted = weights.tally_of(exported, for_servers=True)
+        return self._counted.digest()
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:
         """Go back to a checkpoint.
@@ -115,8 +138,9 @@ class Rank:
         Raises:
             ValueError: the weights that came back are not those that were saved.
         """
+        self._counted = None
         load_checkpoint(self._learner, store, checkpoint)
-        if (digest := self.digest()) != checkpoint.weights_digest:
+        if (digest := self.digest(checkpoint.weights_digest)) != checkpoint.weights_digest:
             raise ValueError(
                 f"checkpoint {checkpoint.url}: weights {digest} came back where "
                 f"{checkpoint.weights_digest} were saved"
@@ -130,12 +154,17 @@ class Rank:
 
     def push(self, urls: Sequence[str], version: int) -> PushResult:
         """Send the weights to servers from rank 0; the others only take part in gathering them."""
-        return weights.push(
+        result = weights.push(
             export_weights(self._learner.model),
             urls if dist.get_rank() == 0 else (),
             version,
             timeout_s=self._learner.trainer.push_timeout_s,
+            transport=cuda_ipc if self._shares_gpu else None,
+            counted=self._counted,
         )
+        if self._shares_gpu:
+            torch.cuda.empty_cache()  # the buckets' memory is the server's again
+        return result
 
     def leave(self) -> None:
         """Take down the process groups."""

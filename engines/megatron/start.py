@@ -13,7 +13,8 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 
 from .loading import load_hugging_face
-from .model import Model, unwrapped
+from .model import Model
+from .model_parts import unwrapped
 
 INDEX = ".metadata"
 """File that makes a folder a torch_dist checkpoint."""

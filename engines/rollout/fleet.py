@@ -16,12 +16,12 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from rollflow.engines.config import ModelConfig
-from rollflow.engines.platform import Device
+from rollflow.engines.platform import SHARE, Device
 
 from .config import RolloutConfig
 from .router import Router
 from .server import POLL_S, ServerActor, ServerEndedError, ServerError, ServerInfo
-from .server_args import deterministic_arguments, gpus_per_server
+from .server_args import deterministic_arguments, gpus_per_server, shared_gpu_arguments
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
 """Brings the weights of a version to the server at a URL. RayError where they are gone: the trainer
@@ -33,6 +33,10 @@ MAX_RESTARTS = 3
 HEALTH_EVERY_S = 20.0
 SILENT_AFTER = 3
 """Health checks in a row that a server may leave unanswered."""
+WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
+"""SGLang's tags of what a server can give back to the GPU."""
+IDLE_TIMEOUT_S = 60.0
+"""Seconds that a server may take to put away its last answers before it sleeps."""
 FROM_DISK = "default"
 """What SGLang calls the version of weights that it loaded itself."""
 
@@ -46,6 +50,8 @@ class _Slot:
     """None while the server is down."""
     admitted: bool = False
     registered: bool = False
+    asleep: set[str] = field(default_factory=set[str])
+    """Tags of what the server has given back."""
     restarts: int = 0
     error: BaseException | None = None
     """Set when the server is given up."""
@@ -70,10 +76,14 @@ class Fleet:
         router: Mapping[str, Any],
         device: Device,
         log_dir: Path,
+        *,
+        shares_gpu: bool = False,
     ) -> None:
         self._model = model
         fixed = deterministic_arguments(device) if rollout.deterministic else {}
-        self._sglang = {**fixed, **sglang}
+        shared = shared_gpu_arguments() if shares_gpu else {}
+        self._sglang = {**fixed, **shared, **sglang}
+        self._shares_gpu = shares_gpu
         self._device: Device = device
         self._log_dir = log_dir
         self._seed = rollout.seed
@@ -164,6 +174,19 @@ class Fleet:
         for server in await self.servers():
             await self._request("POST", server.url + path, dict(body))
 
+    async def sleep(self) -> None:
+        """Give the GPU's memory back: weights, keys and values, graphs. What they held is lost.
+
+        Nothing may be in flight. ServerError names a server that does not come to rest.
+        """
+        tags = {WEIGHTS, KV_CACHE, CUDA_GRAPH}
+        await asyncio.gather(*(self._sleep(slot, tags) for slot in self._slots if slot.info))
+
+    async def wake(self, *tags: str) -> None:
+        """Take the memory behind ``tags``, or all, back; weights have to be loaded then."""
+        wanted = set(tags) or {WEIGHTS, KV_CACHE, CUDA_GRAPH}
+        await asyncio.gather(*(self._wake(slot, wanted) for slot in self._slots if slot.info))
+
     async def stop(self) -> None:
         """End everything that was started."""
         tasks = [t for slot in self._slots for t in (slot.watcher, slot.admission) if t]
@@ -183,16 +206,50 @@ class Fleet:
             if slot.error:
                 raise slot.error
 
+    async def _sleep(self, slot: _Slot, tags: set[str]) -> None:
+        assert slot.info is not None
+        url, due = slot.info.url, sorted(tags - slot.asleep)
+        if not due:
+            return
+        try:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                while not await self._is_idle(url):
+                    await asyncio.sleep(POLL_S)
+            await self._request("POST", f"{url}/release_memory_occupation", {"tags": due})
+        except aiohttp.ClientConnectionError:
+            return  # it has just died: the watcher starts it again
+        except TimeoutError as error:
+            raise ServerError(
+                f"{slot.name} still works on requests {IDLE_TIMEOUT_S:.0f} s after the last answer"
+            ) from error
+        slot.asleep |= tags
+
+    async def _is_idle(self, url: str) -> bool:
+        """Whether the server has put its last answer away; it then has nothing in its caches."""
+        async with self._session.post(f"{url}/flush_cache") as response:
+            return response.status == 200
+
+    async def _wake(self, slot: _Slot, tags: set[str]) -> None:
+        assert slot.info is not None
+        if due := sorted(tags & slot.asleep):
+            try:
+                url = f"{slot.info.url}/resume_memory_occupation"
+                await self._request("POST", url, {"tags": due})
+            except aiohttp.ClientConnectionError:
+                return  # it has just died: the watcher starts it again
+            slot.asleep -= tags
+
     async def _bring_up(self, slot: _Slot) -> None:
         if slot.actor is None:
             slot.actor = self._new_actor(slot.name)
         seed = self._seed * len(self._slots) + slot.index + 1
         info = await slot.actor.start.remote(self._model, self._sglang, seed, START_TIMEOUT_S)
         await self._request("POST", f"{info.url}/freeze_gc")  # a full collection takes 0.3 s
-        slot.info = info
+        slot.info, slot.asleep = info, set()
 
     def _new_actor(self, name: str) -> Any:
         gpus = gpus_per_server(self._sglang, self._device)
+        gpus = SHARE * gpus if self._shares_gpu else gpus
         actor = ray.remote(ServerActor).options(num_cpus=0, num_gpus=gpus, max_concurrency=8)
         return actor.remote(name, str(self._log_dir), self._device)
 

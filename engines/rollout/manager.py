@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from .collector import Collector
 from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
 from .filters import load_dynamic_filter
-from .fleet import Fleet
+from .fleet import WEIGHTS, Fleet
 from .producer import Producer, Production, make_buffer
 from .tally import pass_metrics
 from .teacher import Teacher
@@ -53,6 +54,7 @@ class RolloutManager:
     """Owns router, servers, client, hooks and shard writer of one run.
 
     ``sglang`` and ``router`` are the user's tables. Logs of servers and router go to ``log_dir``.
+    ``shares_gpu``: a trainer rank computes on the servers' GPU.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RolloutManager:
         router: Mapping[str, Any],
         device: Device,
         log_dir: str,
+        shares_gpu: bool = False,
     ) -> None:
         self._run = run
         self._store = Store(store)
@@ -80,6 +83,7 @@ class RolloutManager:
         self._router = router
         self._device: Device = device
         self._log_dir = Path(log_dir)
+        self._shares_gpu = shares_gpu
         self._fleet: Fleet | None = None
         self._client: GenerateClient | None = None
         self._teacher: Teacher | None = None
@@ -184,15 +188,27 @@ class RolloutManager:
 
         Answers in flight go on from where they stand after :meth:`release`.
         """
-        if self._client is not None:
+        if self._fleet is not None and self._client is not None:
             await self._client.hold()
+            await self._fleet.wake(WEIGHTS)
         return await self.server_urls()
 
     async def release(self, version: int) -> None:
         """Let generation go on, under the weights of ``version``."""
         if self._fleet is not None and self._client is not None:
+            await self._fleet.wake()
             await self._fleet.update(version)
             self._client.release()
+
+    async def sleep(self) -> float:
+        """Leave the GPU to the trainer: the servers give back all memory that they can; seconds.
+
+        Nothing may be generated until :meth:`hold`, new weights and :meth:`release`.
+        """
+        started = time.perf_counter()
+        if self._fleet is not None:
+            await self._fleet.sleep()
+        return time.perf_counter() - started
 
     async def evaluate(self, name: str, step: int, policy_version: int) -> BatchRef:
         """Answer and score every prompt of an evaluation dataset; kept under ``evals/{name}``.
@@ -241,7 +257,13 @@ class RolloutManager:
         if not rollout.servers:
             return
         self._fleet = Fleet(
-            self._model, rollout, self._sglang, self._router, self._device, self._log_dir
+            self._model,
+            rollout,
+            self._sglang,
+            self._router,
+            self._device,
+            self._log_dir,
+            shares_gpu=self._shares_gpu,
         )
         await self._fleet.start()
         self._client = GenerateClient(

@@ -13,6 +13,11 @@ from rollflow.engines.platform import Device, one_thread_env
 
 TAIL_LINES = 15
 
+CUDA_ENV = {
+    # /health answers without generating a token: a sleeping server has no memory to do it in.
+    "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+}
+
 
 class OwnedProcess:
     """Starts ``kind`` with ``arguments`` and keeps it: it cannot outlive this process.
@@ -36,7 +41,7 @@ class OwnedProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(_cpu_env() if device == "cpu" else {})},
+                env={**os.environ, **(_cpu_env() if device == "cpu" else CUDA_ENV)},
             )
         assert self._process.stdin is not None
         self._pipe = self._process.stdin

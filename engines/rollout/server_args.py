@@ -12,6 +12,8 @@ from .config import check_router, check_sglang
 
 CPU_KV_BYTES = 1 << 30
 CPU_KV_TOKENS = 1 << 16
+SHARED_GPU_FRACTION = 0.5
+"""Of a GPU's memory that a server has for weights and cache where a trainer rank shares it."""
 
 
 def server_arguments(
@@ -49,6 +51,11 @@ def deterministic_arguments(device: Device) -> dict[str, Any]:
     if device == "cuda":
         return {"enable_deterministic_inference": True}
     return {"max_running_requests": 1, "disable_radix_cache": True}
+
+
+def shared_gpu_arguments() -> dict[str, Any]:
+    """Arguments of a server that shares its GPU: it can give its memory back, and takes part of it."""
+    return {"enable_memory_saver": True, "mem_fraction_static": SHARED_GPU_FRACTION}
 
 
 def router_arguments(

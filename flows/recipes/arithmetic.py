@@ -6,8 +6,10 @@ in the direction of generation, which a small model learns. Training and evaluat
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -36,6 +38,16 @@ MODEL = {
     "pad_token_id": 13,
 }
 """Qwen3's architecture at 0.7 million parameters."""
+GPU_MODEL = MODEL | {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+"""36 million parameters, with heads of a size that GPU kernels are made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +59,14 @@ class ArithmeticFiles:
     heldout: Path
 
 
-def make(folder: Path, *, heldout: int = 300, seed: int = 0) -> ArithmeticFiles:
+def make(
+    folder: Path, *, heldout: int = 300, seed: int = 0, model: Mapping[str, Any] = MODEL
+) -> ArithmeticFiles:
     """Write ``model/`` (config and tokenizer, no weights), ``train.jsonl`` and ``heldout.jsonl``.
 
     Args:
         heldout: evaluation pairs, drawn from the 8,100 by ``seed`` and kept out of training.
+        model: config.json of the model.
     """
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(pairs)
@@ -60,7 +75,7 @@ def make(folder: Path, *, heldout: int = 300, seed: int = 0) -> ArithmeticFiles:
     _write_rows(files.heldout, pairs[:heldout])
     _write_rows(files.train, pairs[heldout:])
     _write_tokenizer(files.model)
-    (files.model / "config.json").write_text(json.dumps(MODEL, indent=2))
+    (files.model / "config.json").write_text(json.dumps(dict(model), indent=2))
     (files.model / "generation_config.json").write_text(
         json.dumps({"eos_token_id": 12, "pad_token_id": 13})
     )

@@ -20,7 +20,7 @@ from rollflow.storage.samples import TEACHER_LOGPROBS
 from rollflow.storage.steps import read_steps
 
 ALL = os.environ.get("ROLLFLOW_RECIPES") == "all"
-NAMES = [name for name in recipes() if name.startswith("arithmetic_")]
+NAMES = [name for name in recipes() if name.startswith("arithmetic_") and name.endswith("_cpu")]
 SMALL = (
     *("--steps", "2", "--evals", "[]", "--trainer.ranks", "1", "--rollout.servers", "1"),
     *("--rollout.batch_size", "8", "--rollout.n_samples_per_prompt", "4"),

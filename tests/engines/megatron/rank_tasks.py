@@ -11,7 +11,7 @@ from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.exporter import export_as_rank
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.actor import TrainerRank
-from rollflow.engines.megatron.model import unwrapped
+from rollflow.engines.megatron.model_parts import unwrapped
 from rollflow.engines.megatron.start import LEGACY
 from tests.engines.megatron.weights_of_rank import weights_of_rank
 
