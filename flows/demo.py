@@ -19,8 +19,9 @@ from .train import sft, train
 
 FACTS = Path(".rollflow/demo.json")
 METRIC = "eval/heldout/reward"
-WARM, TRAINED = Path(".rollflow/arithmetic/warm"), Path(".rollflow/arithmetic/trained")
-"""Weights that the recipes of other algorithms start from, and that distillation learns from."""
+FOLDERS = {"cpu": Path(".rollflow/arithmetic"), "gpu": Path(".rollflow/arithmetic-gpu")}
+"""Data and model by device. ``warm`` in it is what the recipes of other algorithms start from,
+``trained`` what distillation learns from."""
 
 
 async def run_demo(
@@ -34,10 +35,8 @@ async def run_demo(
     """
     started = time.perf_counter()
     device = "gpu" if gpu else "cpu"
-    if gpu:
-        arithmetic.make(Path(".rollflow/arithmetic-gpu"), seed=seed, model=arithmetic.GPU_MODEL)
-    else:
-        arithmetic.make(Path(".rollflow/arithmetic"), seed=seed)
+    size = {"model": arithmetic.GPU_MODEL} if gpu else {}
+    arithmetic.make(FOLDERS[device], seed=seed, **size)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     where = ("--store.url", store) if store else ()
     weights = await warm_weights(f"{name}-sft", seed, *where, device=device)
@@ -47,7 +46,7 @@ async def run_demo(
     summary = await train(config)
     trained = await checkpoint_weights(config.store, summary.run, None)
     assert trained is not None, "a run always ends with a checkpoint"
-    _keep(trained.path, TRAINED)
+    _keep(trained.path, FOLDERS[device] / "trained")
     facts = demo_facts(summary, seed, seconds_install, time.perf_counter() - started)
     FACTS.write_text(json.dumps({**facts, "ui_url": ui}, indent=2))
     _print(config, facts, ui, console)
@@ -57,13 +56,13 @@ async def warm_weights(name: str, seed: int, *words: str, device: str = "cpu") -
     """Teach the format and some of the sums from labels, until about half is right.
 
     Returns:
-        Folder of the weights in Hugging Face's format; a copy is kept at ``WARM``.
+        Folder of the weights in Hugging Face's format; a copy is kept in ``FOLDERS``.
     """
     config = load_config(recipes()[f"arithmetic_sft_{device}"], seeded(name, seed, *words))
     summary = await sft(config)
     weights = await checkpoint_weights(config.store, summary.run, None)
     assert weights is not None, "the warm-up always ends with a checkpoint"
-    _keep(weights.path, WARM)
+    _keep(weights.path, FOLDERS[device] / "warm")
     return weights.path
 
 

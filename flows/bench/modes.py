@@ -2,13 +2,12 @@
 
 import statistics
 from datetime import UTC, datetime
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from rollflow.flows.arguments import load_config, recipes
-from rollflow.flows.demo import WARM, seeded, warm_weights
+from rollflow.flows.demo import FOLDERS, seeded, warm_weights
 from rollflow.flows.recipes import arithmetic
 from rollflow.flows.train import train
 from rollflow.storage.manifests import find_batch, read_batch
@@ -24,8 +23,8 @@ ENDS = 10
 
 async def measure(console: Console) -> dict:
     """Train from the demo's warmed-up weights in each mode; print and give the figures by mode."""
-    arithmetic.make(Path(".rollflow/arithmetic"))
-    if not WARM.is_dir():
+    arithmetic.make(FOLDERS["cpu"])
+    if not (FOLDERS["cpu"] / "warm").is_dir():
         await warm_weights(f"bench-warm-{datetime.now(UTC):%Y%m%d-%H%M%S}", 0)
     found = {mode: await _one(mode) for mode in MODES}
     sync = found["sync"]
