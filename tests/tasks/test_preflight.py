@@ -1,11 +1,15 @@
 """Every mistake that can be found before an engine starts is found there, by name."""
 
+import re
+
 import pytest
 
+from rollflow.engines.platform import Platform
 from rollflow.flows.arguments import build_config, overlay
 from rollflow.flows.recipes import arithmetic
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import read_run
+from rollflow.tasks.checks import check_colocation
 from rollflow.tasks.preflight import preflight
 
 
@@ -31,6 +35,7 @@ def tree(tmp_path):
         (["--model.path", "/nowhere"], "model.path = '/nowhere' has no config.json"),
         (["--model.random_weights", "false"], "has no *.safetensors"),
         (["--model.dtype", "bfloat16"], "model.dtype = 'bfloat16' on a CPU"),
+        (["--cluster.colocate", "true"], "cluster.colocate = true on a CPU"),
         (["--rollout.reward", "nowhere:fn"], "nowhere"),
         (["--rollout.reward", "rollflow.engines.rewards.exact_match:exact_mach"], "exact_match"),
         (["--rollout.generate", "rollflow.engines.rewards.exact_match:exact_match"], "async"),
@@ -93,3 +98,18 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
     assert plan.next_step == 0
     with pytest.raises(ValueError, match=r"megatron\.lr"):
         await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rollout.mode", "async"], "rollout.mode = 'async' generates while the trainer trains"),
+        (["--trainer.ranks", "2"], "trainer.ranks = 2 with cluster.colocate = true"),
+        (["--rollout.servers", "2"], "rollout.servers = 2 with cluster.colocate = true"),
+        (["--sglang.tp_size", "2"], "GPUs of a server (sglang.tp_size x pp_size) = 2"),
+    ],
+)
+def test_what_cannot_share_a_gpu_is_named(tree, words, message):
+    config = build_config(overlay(tree, ["--cluster.colocate", "true", *words]))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_colocation(config, Platform("cuda", "cpu:gloo,cuda:nccl", 1))
