@@ -35,8 +35,8 @@ async def run_demo(
     """
     started = time.perf_counter()
     device = "gpu" if gpu else "cpu"
-    size = {"model": arithmetic.GPU_MODEL} if gpu else {}
-    arithmetic.make(FOLDERS[device], seed=seed, **size)
+    model = arithmetic.GPU_MODEL if gpu else arithmetic.MODEL
+    arithmetic.make(FOLDERS[device], seed=seed, model=model)
     name = f"arithmetic-{datetime.now(UTC):%Y%m%d-%H%M%S}-seed{seed}"
     where = ("--store.url", store) if store else ()
     weights = await warm_weights(f"{name}-sft", seed, *where, device=device)

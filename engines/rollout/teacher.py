@@ -33,15 +33,16 @@ class Teacher:
     ) -> None:
         self._config, self._rollout = config, rollout
         self._model = policy.model_copy(update={"path": config.path, "random_weights": False})
-        self._router, self._device, self._log_dir = router, device, log_dir / "teacher"
+        self._router, self._log_dir = router, log_dir / "teacher"
+        self._device: Device = device
         self._running = AsyncExitStack()
         self._client: GenerateClient | None = None
 
     async def start(self) -> None:
         """Start its servers, or find those at ``url``; ServerError when they do not answer."""
-        url = self._config.url.rstrip("/")
+        url, wait_ready = self._config.url.rstrip("/"), self._wait_ready
         if url:
-            await self._wait_ready()
+            await wait_ready()
         else:
             servers = self._rollout.model_copy(update={"servers": self._config.servers})
             fleet = Fleet(
@@ -55,12 +56,12 @@ class Teacher:
             self._running.push_async_callback(fleet.stop)
             await fleet.start()
             await self._running.enter_async_context(fleet.serving(VERSION))
-            url = fleet.router.url
+            url, wait_ready = fleet.router.url, fleet.wait_ready
         self._client = GenerateClient(
             url,
             timeout_s=self._rollout.request_timeout_s,
             max_retries=self._rollout.max_retries,
-            wait_ready=self._wait_ready if self._config.url else fleet.wait_ready,
+            wait_ready=wait_ready,
         )
         self._running.push_async_callback(self._client.close)
 

@@ -401,7 +401,10 @@ def audit_findings(session: Session) -> list[str]:
 
 def replay_findings(session: Session) -> list[str]:
     """What differs when the finished run is trained again from its log, nothing generated."""
-    command = [*ROLLFLOW, "audit", session.name, "--recompute"]
+    command = [
+        *(*ROLLFLOW, "audit", session.name, "--recompute"),
+        *("--store", session.store.root),
+    ]
     done = subprocess.run(
         command, cwd=session.folder, capture_output=True, text=True, timeout=DEADLINE_S
     )
