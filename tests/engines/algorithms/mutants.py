@@ -275,8 +275,8 @@ MUTANTS = [
         "logprobs.py",
         (
             "Log-probability: the gradient forgets the temperature",
-            "grad_TV[rows] = gradient_cV / split.temperature",
-            "grad_TV[rows] = gradient_cV",
+            "(gradient_cV / split.temperature).to",
+            "gradient_cV.to",
         ),
         (
             "Log-probability: of the token before",
@@ -296,8 +296,8 @@ MUTANTS = [
         ),
         (
             "Entropy: the gradient's sign flipped",
-            "log_p_cV.mul_(on_entropy_T[rows, None])",
-            "log_p_cV.mul_(-on_entropy_T[rows, None])",
+            "log_p_cV.mul_(on_entropy_c[:, None])",
+            "log_p_cV.mul_(-on_entropy_c[:, None])",
         ),
     ),
     *mutants_of(
