@@ -24,6 +24,7 @@ NAMES = [name for name in recipes() if name.startswith("arithmetic_") and name.e
 SMALL = (
     *("--steps", "2", "--evals", "[]", "--trainer.ranks", "1", "--rollout.servers", "1"),
     *("--rollout.batch_size", "8", "--rollout.n_samples_per_prompt", "4"),
+    *("--trainer.lr_warmup_steps", "0"),
 )
 
 
