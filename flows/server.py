@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 HOME = Path(".rollflow/prefect")
 START_TIMEOUT_S = 300.0
@@ -115,15 +115,14 @@ def _ensure() -> LocalServer:
     raise RuntimeError(f"the Prefect server ended {STARTS} times before it answered:\n{tail}")
 
 
-def _lock() -> FileLock:
-    """The right to start the server, taken; who holds it starts one at this moment."""
+def _lock() -> AcquireReturnProxy:
+    """The right to start the server, taken until the end of a ``with``."""
     lock = FileLock(HOME / "server.lock")
     try:
-        lock.acquire(timeout=TELL_AFTER_S)
+        return lock.acquire(timeout=TELL_AFTER_S)
     except Timeout:
         print("waiting for another command that starts the Prefect server", file=sys.stderr)
-        lock.acquire(timeout=START_TIMEOUT_S)
-    return lock
+        return lock.acquire(timeout=START_TIMEOUT_S)
 
 
 def _comes_up(server: LocalServer) -> bool:

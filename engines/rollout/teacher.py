@@ -1,5 +1,6 @@
 """A frozen teacher: how probable it finds each token that the policy sampled."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -72,7 +73,7 @@ class Teacher:
         Raises:
             GenerationError: the teacher's servers did not answer after every retry.
         """
-        return [await self._annotated(sample) for sample in samples]
+        return await asyncio.gather(*(self._annotated(sample) for sample in samples))
 
     async def stop(self) -> None:
         """End the servers that it started."""
