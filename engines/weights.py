@@ -191,7 +191,7 @@ class Tally:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up)."""
-        data = _bytes_of(tensor)
+        data = _on_host(tensor)
         self.bytes += len(data)
         own = hashlib.sha256(data).hexdigest()
         self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {own}")
@@ -203,7 +203,7 @@ class Tally:
                 "export the parts of a fused weight in order"
             )
         wider = padded(name, tensor)
-        hasher.update(data if wider is tensor else _bytes_of(wider))
+        hasher.update(data if wider is tensor else _on_host(wider))
         self._fused[fused] = (place + 1, hasher)
 
     def digest(self) -> str:
@@ -260,6 +260,33 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int) -> 
         )
 
 
+def bucket_layout(bucket: Sequence[Named]) -> tuple[list[SimpleNamespace], int]:
+    """(where each tensor lies in a flattened bucket, as SGLang reads it; bytes of the bucket)."""
+    places: list[SimpleNamespace] = []
+    start = 0
+    for name, tensor in bucket:
+        end = start + tensor.nbytes
+        places.append(
+            SimpleNamespace(
+                name=name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                start_idx=start,
+                end_idx=end,
+                numel=tensor.nbytes,
+            )
+        )
+        start = end
+    return places, start
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The tensor's bytes in order, uint8 [B]."""
+    import torch
+
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
 @contextlib.contextmanager
 def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
     """A transport to servers on this machine: both sides map one file that is only in memory.
@@ -271,29 +298,15 @@ def mapped_file(bucket: Sequence[Named]) -> Iterator[Post]:
     """
     import torch
 
-    sizes = [tensor.numel() * tensor.element_size() for _, tensor in bucket]
+    places, size = bucket_layout(bucket)
     descriptor = os.memfd_create("rollflow-weights")
     try:
-        os.ftruncate(descriptor, sum(sizes))
+        os.ftruncate(descriptor, size)
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        flat = torch.from_file(path, shared=True, size=sum(sizes), dtype=torch.uint8)
-        metadata: list[SimpleNamespace] = []
-        start = 0
-        for (name, tensor), size in zip(bucket, sizes, strict=True):
-            end = start + size
-            flat[start:end] = tensor.detach().contiguous().flatten().view(torch.uint8)
-            metadata.append(
-                SimpleNamespace(
-                    name=name,
-                    shape=tensor.shape,
-                    dtype=tensor.dtype,
-                    start_idx=start,
-                    end_idx=end,
-                    numel=size,
-                )
-            )
-            start = end
-        content = {"flattened_tensor": _MappedBytes(path, start), "metadata": metadata}
+        flat = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        for place, (_, tensor) in zip(places, bucket, strict=True):
+            flat[place.start_idx : place.end_idx] = bytes_of(tensor)
+        content = {"flattened_tensor": _MappedBytes(path, size), "metadata": places}
         payload = base64.b64encode(pickle.dumps(content, protocol=5)).decode()
         yield functools.partial(post_tensors, payload)
     finally:
@@ -358,8 +371,5 @@ def _buckets(named: Iterable[Named]) -> Iterator[tuple[list[Named], bool]]:
         yield bucket, True
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
+def _on_host(tensor: Tensor) -> memoryview:
+    return memoryview(bytes_of(tensor).cpu().numpy())  # pyright: ignore[reportArgumentType]

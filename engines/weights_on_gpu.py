@@ -14,14 +14,23 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import torch
 from torch import Tensor
 
-from .weights import FUSED, PADDED, Named, Post, padded, post_tensors, server_name
+from .weights import (
+    FUSED,
+    PADDED,
+    Named,
+    Post,
+    bucket_layout,
+    bytes_of,
+    padded,
+    post_tensors,
+    server_name,
+)
 
 KIND = "words-"
 """What a digest of this kind begins with; one of :class:`~.weights.Tally` is plain sha256."""
@@ -88,7 +97,7 @@ def word_sum(tensor: Tensor) -> Tensor:
     The same on any device. Every key is odd, so no single changed word goes unnoticed; other
     changes do with a probability of about 2^-32 (multilinear hashing, Lemire and Kaser 2013).
     """
-    flat_B = tensor.detach().contiguous().flatten().view(torch.uint8)
+    flat_B = bytes_of(tensor)
     if missing := -len(flat_B) % 4:
         flat_B = torch.cat([flat_B, flat_B.new_zeros(missing)])
     words_W = flat_B.view(torch.int32)
@@ -137,23 +146,9 @@ def cuda_ipc(bucket: Sequence[Named]) -> Iterator[Post]:
 
     The bucket is one copy inside the GPU. It is given back once the servers have answered.
     """
-    metadata: list[SimpleNamespace] = []
-    start = 0
-    for name, tensor in bucket:
-        end = start + tensor.nbytes
-        metadata.append(
-            SimpleNamespace(
-                name=name,
-                shape=tensor.shape,
-                dtype=tensor.dtype,
-                start_idx=start,
-                end_idx=end,
-                numel=tensor.nbytes,
-            )
-        )
-        start = end
-    parts = [t.detach().contiguous().flatten().view(torch.uint8) for _, t in bucket]
-    content = {"flattened_tensor": torch.cat(parts), "metadata": metadata}
+    places, _ = bucket_layout(bucket)
+    flat = [bytes_of(tensor) for _, tensor in bucket]
+    content = {"flattened_tensor": torch.cat(flat), "metadata": places}
     # Another process reads it: no order of this one's stream reaches there.
     torch.cuda.current_stream().synchronize()
     try:
