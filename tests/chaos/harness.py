@@ -17,7 +17,6 @@ import psutil
 
 from rollflow.flows.recipes import arithmetic
 from rollflow.flows.status import Status
-from rollflow.storage.audit import audit_run
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.lease import LeaseLostError, check_fence, newest_epoch
 from rollflow.storage.ledger import durable_groups
@@ -33,9 +32,6 @@ DEADLINE_S = 480.0
 POLL_S = 0.004
 GRACE_S = 20.0
 """What belongs to a killed process notices that within seconds and ends itself."""
-
-Log = dict[int, tuple[str, dict[str, float]]]
-"""Weights digest and metrics by step."""
 
 VICTIMS = {
     "flow": ("rollflow", " train "),
@@ -377,38 +373,3 @@ def _rows(table) -> dict[str, str]:
     columns = ("group_id", "index", "response_ids", "rollout_logprobs", "reward", "seed")
     rows = table.select(columns).to_pylist()
     return {f"{r['group_id']}#{r['index']}": repr(r) for r in rows}
-
-
-def log_of(session: Session) -> Log:
-    """Weights digest and metrics (no seconds) of each committed step."""
-    steps = read_steps(session.store, session.run)
-    return {
-        s.step: (
-            s.weights_digest,
-            {k: v for k, v in s.metrics.items() if not k.startswith("perf/") and "cache" not in k},
-        )
-        for s in steps
-    }
-
-
-def audit_findings(session: Session) -> list[str]:
-    """What an audit of the finished run finds, leftovers included."""
-    report = audit_run(session.store, session.run)
-    return [f"{f.name}: {f.reason}" for f in report.findings] + [
-        f"left over: {leftover.url}" for leftover in report.leftovers
-    ]
-
-
-def replay_findings(session: Session) -> list[str]:
-    """What differs when the finished run is trained again from its log, nothing generated."""
-    command = [
-        *(*ROLLFLOW, "audit", session.name, "--recompute"),
-        *("--store", session.store.root),
-    ]
-    done = subprocess.run(
-        command, cwd=session.folder, capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    if done.returncode == 0:
-        return []
-    lines = [line.strip() for line in done.stdout.splitlines() if "different: " in line]
-    return lines or [f"the replay failed: {done.stderr[-300:]}"]

@@ -17,17 +17,14 @@ from .harness import (
     ROLLFLOW,
     VICTIMS,
     Kill,
-    Log,
     Row,
     Session,
     Training,
-    audit_findings,
     left_behind,
-    log_of,
     plan,
     prepare,
-    replay_findings,
 )
+from .judge import Log, audit_findings, log_of, replay_findings
 
 
 def run_sessions(
