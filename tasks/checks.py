@@ -35,10 +35,12 @@ def check_platform(config: RunSettings) -> None:
         check_colocation(config, platform)
     elif platform.device == "cuda" and config.cluster.address == "local":
         servers = config.rollout.servers * gpus_per_server(config.sglang, platform.device)
+        if (teacher := config.rollout.teacher) and teacher.path:
+            servers += teacher.servers * gpus_per_server(teacher.sglang, platform.device)
         if (needed := config.trainer.ranks + servers) > platform.gpus:
             raise ValueError(
-                f"trainer.ranks = {config.trainer.ranks} and rollout.servers = "
-                f"{config.rollout.servers} take {needed} GPUs, this machine has {platform.gpus}; "
+                f"trainer.ranks = {config.trainer.ranks}, rollout.servers = "
+                f"{config.rollout.servers} and a teacher's take {needed} GPUs, this machine has {platform.gpus}; "
                 "make them fewer, or set cluster.colocate = true to share one"
             )
 
@@ -54,6 +56,11 @@ def check_colocation(config: RunSettings, platform: Platform) -> None:
         raise ValueError(
             f"rollout.mode = {config.rollout.mode!r} generates while the trainer trains, but with "
             "cluster.colocate = true they take turns; set rollout.mode = 'sync'"
+        )
+    if config.rollout.teacher and config.rollout.teacher.path:
+        raise ValueError(
+            f"rollout.teacher.path = {config.rollout.teacher.path!r} with cluster.colocate = true: there "
+            "is no GPU for the teacher; give the url of one that runs elsewhere"
         )
     for field, found in (
         ("trainer.ranks", config.trainer.ranks),
