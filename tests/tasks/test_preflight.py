@@ -106,6 +106,10 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
         (["--rollout.mode", "async"], "rollout.mode = 'async' generates while the trainer trains"),
         (["--trainer.ranks", "2"], "trainer.ranks = 2 with cluster.colocate = true"),
         (["--rollout.servers", "2"], "rollout.servers = 2 with cluster.colocate = true"),
+        (
+            ["--algorithm.name", "distill", "--rollout.teacher", '{path = "t"}'],
+            "there is no GPU for the teacher",
+        ),
         (["--sglang.tp_size", "2"], "GPUs of a server (sglang.tp_size x pp_size) = 2"),
     ],
 )
