@@ -30,7 +30,23 @@ class StopConfig(Config):
 
     metric: str
     """Slash name of an evaluation metric, e.g. ``eval/heldout/reward``."""
-    at_least: float
+    at_least: float | None = None
+    at_most: float | None = None
+    """For a metric that falls, e.g. ``eval/heldout/loss``."""
+
+    @model_validator(mode="after")
+    def _has_one_bound(self) -> "StopConfig":
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(
+                f"stop: at_least = {self.at_least}, at_most = {self.at_most}; give one of them"
+            )
+        return self
+
+    def satisfied(self, value: float) -> bool:
+        """Whether ``value`` of the metric is good enough."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        return self.at_most is not None and value <= self.at_most
 
 
 class RunConfig(Config):
@@ -107,9 +123,11 @@ class RunConfig(Config):
                 f"trainer.updates_per_batch = {self.trainer.updates_per_batch} equal mini-batches; "
                 "make the first a multiple of the second"
             )
-        if self.evals and not self.rollout.servers:
+        asks = [e.name for e in self.evals if not e.loss]
+        if asks and not self.rollout.servers:
             raise ValueError(
-                "rollout.servers = 0 but evals is not empty; evaluation generates, so give it a server"
+                f"rollout.servers = 0 but evaluation {asks[0]!r} generates; give it a server, or "
+                "loss = true to measure the loss of its labels"
             )
         names = [e.name for e in self.evals]
         if twice := {n for n in names if names.count(n) > 1}:

@@ -25,14 +25,17 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
     """
     plan = await preflight(config)
     weights = await checkpoint_weights(config.store, plan.run, step)
+    wants_trainer = any(dataset.loss for dataset in config.evals)
     if weights:
         model = config.model.model_copy(update={"path": weights.path, "random_weights": False})
-        config = config.model_copy(update={"model": model})
+        trainer = config.trainer.model_copy(update={"load": "", "ref_load": ""})
+        config = config.model_copy(update={"model": model, "trainer": trainer})
     version = weights.step + 1 if weights else 0
     async with only_writer(config, plan.run) as lease:
         plan = replace(plan, run=lease.run)
         with Progress(config, plan) as progress:
-            async with running_engines(config, plan, train=False) as engines:
+            # The weights are the model that the engines start with, the trainer's too.
+            async with running_engines(config, plan, train=wants_trainer) as engines:
                 await evaluate_weights(config, plan.run, engines, version, progress, always=True)
             return progress.summary("evaluated")
 
@@ -67,4 +70,6 @@ async def evaluate_weights(
             f"stop.metric = {config.stop.metric!r} is not evaluated; there is: {known}"
         )
     progress.evaluated(version, metrics)
-    return config.stop is not None and metrics.get(config.stop.metric, -1.0) >= config.stop.at_least
+    if config.stop is None or config.stop.metric not in metrics:
+        return False
+    return config.stop.satisfied(metrics[config.stop.metric])

@@ -93,7 +93,7 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
             await start
     else:
         await asyncio.gather(*starts)
-    if engines.ranks and engines.has_servers:
+    if engines.ranks and engines.manager:
         await cluster.call(
             engines.manager,
             "attach_trainer",

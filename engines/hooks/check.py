@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any, cast
 
 from rollflow.storage.buffer import Kept
-from rollflow.storage.samples import Prompt, Sample, Status
+from rollflow.storage.samples import Message, Prompt, Sample, Status
 
 from .adapters import columns_asked
 from .load import find_hook, is_async, load_hook, parse_reward
@@ -176,6 +176,11 @@ class ExampleEngine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         return [ord(c) for c in str(prompt.prompt)]
+
+    def render(
+        self, prompt: Prompt, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        return "".join(f"{m['role']}: {m['content']}\n" for m in messages)
 
     async def generate(
         self, input_ids: list[int], sampling: dict[str, Any], seed: int

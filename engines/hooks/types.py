@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from rollflow.storage.buffer import Kept
-from rollflow.storage.samples import Prompt, Sample, Status
+from rollflow.storage.samples import Message, Prompt, Sample, Status
 
 Reward = float | Mapping[str, float]
 """A score, or named scores of which ``reward`` is the one trained on and the rest are its parts."""
@@ -72,6 +72,12 @@ class GenerateEngine(Protocol):
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, through the chat template where the data settings ask for it."""
+        ...
+
+    def render(
+        self, prompt: Prompt, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Text of messages by the chat template, as it renders this prompt's."""
         ...
 
     async def generate(

@@ -18,6 +18,7 @@ from rollflow.storage.lease import check_fence
 from rollflow.storage.manifests import read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
+from rollflow.storage.samples import Sample
 from rollflow.storage.steps import FIRST_WEIGHTS
 
 from .config import GatesConfig, TrainerConfig
@@ -144,6 +145,10 @@ class TrainerRank:
         )
         self._trained = (name, result)
         return result
+
+    def loss_of(self, samples: list[Sample]) -> dict[str, float]:
+        """What labelled samples cost the weights as they are; see :mod:`.validation`."""
+        return self._rank_live.loss_of(samples)
 
     def save(self, step: int, hf: bool = True, wait: bool = True) -> CheckpointRef | None:
         """Save the weights as they are after ``step``, and as a Hugging Face folder if ``hf``.

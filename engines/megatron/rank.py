@@ -34,6 +34,7 @@ from .reference import Reference
 from .settings import split_settings
 from .start import load_weights
 from .step import train_on
+from .validation import validation_loss
 
 
 class Rank:
@@ -122,6 +123,10 @@ class Rank:
         with memory.watched(shares_gpu=self._shares_gpu) as taken:
             metrics = train_on(self._learner, samples, step)
         return metrics | taken
+
+    def loss_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """See :func:`.validation.validation_loss`."""
+        return validation_loss(self._learner, samples)
 
     def digest(self, like: str = "") -> str:
         """Name of the weights as they are, of the kind of ``like``. All ranks take part."""

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from megatron.core import parallel_state
 from torch import Tensor
 
+from rollflow.engines.algorithms.config import AlgorithmConfig
 from rollflow.engines.algorithms.diagnostics import derive, group_metrics
 from rollflow.engines.algorithms.inputs import LossInputs, ValueInputs
 from rollflow.engines.algorithms.metrics import Metrics
 from rollflow.engines.algorithms.policy import compute_loss, compute_value_loss, needs
 from rollflow.storage.samples import Sample
 
-from .batch import Row, cut_mini_batches, make_micro_batches, make_rows, scored_rewards
+from .batch import MicroBatch, Row, cut_mini_batches, make_micro_batches, make_rows, scored_rewards
 from .critic import Critic
 from .forward import accumulate_gradients, accumulate_value_gradients, reduce_over_ranks
 from .gates import check_first_update
@@ -43,7 +44,10 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
             "failed, lack a reward or have no trained token"
         )
     mini_batches = cut_mini_batches(rows, learner.trainer.updates_per_batch)
-    work = [_start(learner, mini_batch) for mini_batch in mini_batches]
+    work = [
+        [Work(batch) for batch in cut_micro_batches(learner, mini_batch, learner.algorithm)]
+        for mini_batch in mini_batches
+    ]
     work, metrics = look_back(learner, work, rows, step)
     if needs(learner.algorithm).old_logprobs:
         work, found = value(learner, work, rows)
@@ -65,10 +69,13 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
     }
 
 
-def _start(learner: Learner, mini_batch: Sequence[Row]) -> list[Work]:
-    batches = make_micro_batches(
-        mini_batch,
-        learner.algorithm,
+def cut_micro_batches(
+    learner: Learner, rows: Sequence[Row], algorithm: AlgorithmConfig
+) -> list[MicroBatch]:
+    """This rank's share of the rows, by the trainer's budget of tokens."""
+    return make_micro_batches(
+        rows,
+        algorithm,
         rank=parallel_state.get_data_parallel_rank(),
         ranks=parallel_state.get_data_parallel_world_size(),
         max_tokens=learner.trainer.max_tokens_per_micro_batch,
@@ -76,7 +83,6 @@ def _start(learner: Learner, mini_batch: Sequence[Row]) -> list[Work]:
         layout=row_layout(learner.model),
         cost=learner.model.cost_of_row,
     )
-    return [Work(batch) for batch in batches]
 
 
 def _update_critic(critic: Critic, work: list[list[Work]], step: int) -> dict[str, float]:

@@ -220,6 +220,9 @@ class EvalConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     data: DataConfig
+    loss: bool = False
+    """Measure the trainer's loss on the labels, or on the assistant's messages, in place of answers:
+    ``eval/{name}/loss``, in nats per token. Needs no server."""
     every: int = Field(default=0, ge=0)
     """Evaluate each so many steps, and before the first and after the last; 0: only then."""
     delay: int = Field(default=0, ge=0)
@@ -234,6 +237,16 @@ class EvalConfig(Config):
     """As ``rollout.group_reward``; that of training where the training reward is used."""
     solved_at: float = 1.0
     """A sample whose reward is at least this counts as a pass in ``pass@k``."""
+
+    @model_validator(mode="after")
+    def _loss_asks_nobody(self) -> "EvalConfig":
+        for field in ("generate", "reward", "group_reward"):
+            if self.loss and getattr(self, field):
+                raise ValueError(
+                    f"evals {self.name!r}: {field} has no effect on a loss of labels; "
+                    "drop it, or loss = true"
+                )
+        return self
 
     def due(self, trained: int) -> bool:
         """Whether to evaluate after ``trained`` steps."""

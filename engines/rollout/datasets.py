@@ -23,6 +23,7 @@ from .grader import Grader
 from .seeds import sample_seed
 
 SINGLE_TURN = "rollflow.engines.rollout.single_turn:generate"
+SUPERVISED = "rollflow.engines.rollout.supervised:generate"
 SAMPLING = "sampling"
 """Key in a prompt's metadata: sampling parameters of its own, laid over the settings'."""
 
@@ -168,10 +169,10 @@ def eval_dataset(
         RolloutEngine(tokenizer, config.data, client),
         [config.data],
         rollout,
-        config.generate,
+        SUPERVISED if config.loss else config.generate,
         grader_of(rollout, config.reward or rollout.reward, group),
         config.sampling,
-        config.n_samples_per_prompt,
+        1 if config.loss else config.n_samples_per_prompt,
         "",
     )
 

@@ -1,6 +1,7 @@
 """What a generate hook works with: the tokenizer, the prompt's tokens, and the servers."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from rollflow.engines.hooks import Completion
@@ -8,6 +9,9 @@ from rollflow.storage.config import DataConfig
 from rollflow.storage.samples import Message, Prompt
 
 from .client import GenerateClient
+
+TOOLS = "tools"
+"""Key in a prompt's metadata: what the chat template tells the model that it may call."""
 
 
 class RolloutEngine:
@@ -27,19 +31,29 @@ class RolloutEngine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError for messages without a chat template."""
-        if self._data.apply_chat_template:
-            text = self.tokenizer.apply_chat_template(
-                _messages(prompt),
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._data.chat_template_kwargs,
-            )
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        if isinstance(prompt.prompt, str):
+        if isinstance(prompt.prompt, str) and not self._data.apply_chat_template:
             return self.tokenizer.encode(prompt.prompt)
-        raise ValueError(
-            f"prompt {prompt.prompt_id} is a list of messages; "
-            "set data.apply_chat_template = true to render it"
+        text = self.render(prompt, _messages(prompt))
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def render(
+        self, prompt: Prompt, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Text of messages by the chat template; the prompt's metadata may have ``tools`` for it.
+
+        ValueError where the settings ask for no template.
+        """
+        if not self._data.apply_chat_template:
+            raise ValueError(
+                f"prompt {prompt.prompt_id} is a list of messages; "
+                "set data.apply_chat_template = true to render it"
+            )
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=prompt.metadata.get(TOOLS),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self._data.chat_template_kwargs,
         )
 
     def reject(self, prompt: Prompt) -> str | None:

@@ -19,20 +19,19 @@ from rollflow.engines.hooks import HookKind, load_hook, set_arguments
 from rollflow.engines.platform import Device
 from rollflow.storage.buffer import stored_state
 from rollflow.storage.config import DataConfig, StoreConfig
-from rollflow.storage.manifests import batch_folder, commit_batch, find_batch
+from rollflow.storage.manifests import find_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
 from rollflow.storage.samples import Sample
-from rollflow.storage.shards import ShardWriter
 
 from .client import GenerateClient
 from .collector import Collector
 from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
+from .evaluation import Evaluation
 from .filters import load_dynamic_filter
 from .fleet import WEIGHTS, Fleet
 from .producer import Producer, Production, make_buffer
-from .tally import pass_metrics
 from .teacher import Teacher
 from .trained_on import load_trained_on
 
@@ -87,6 +86,8 @@ class RolloutManager:
         self._fleet: Fleet | None = None
         self._client: GenerateClient | None = None
         self._teacher: Teacher | None = None
+        self._ranks: list[Any] = []
+        """The trainer's actors, once they are attached."""
         self._training: Dataset
         self._eval_datasets: dict[str, Dataset] = {}
         self._slots = asyncio.Semaphore(rollout.concurrency)
@@ -127,10 +128,13 @@ class RolloutManager:
         return (await self.info()).server_urls
 
     async def attach_trainer(self, names: Sequence[str], namespace: str) -> None:
-        """Let a server that was started again get its weights from these trainer actors."""
+        """Let a server that was started again get its weights from these trainer actors.
+
+        They also tell the losses that evaluations ask for.
+        """
+        self._ranks = ranks = [ray.get_actor(name, namespace=namespace) for name in names]
         if self._fleet is None:
             return
-        ranks = [ray.get_actor(name, namespace=namespace) for name in names]
 
         async def load(url: str, version: int) -> object:
             return await asyncio.gather(*(r.push_weights.remote([url], version) for r in ranks))
@@ -342,46 +346,26 @@ class RolloutManager:
             await producer.fill()
 
     async def _evaluation(self, name: str, step: int, policy_version: int) -> BatchRef:
-        dataset = self._eval_datasets[name]
         [config] = [e for e in self._evals if e.name == name]
-        folder = batch_folder(self._run, step, name)
-        collector = Collector(
-            dataset.engine,
-            dataset.generate,
-            dataset.grader,
-            await asyncio.to_thread(ShardWriter, self._store, self._run, folder),
-            self._slots,
-            self._rollout.shard_groups,
-            client=self._client,
-        )
-        asked = Asked(self._run, step, policy_version, self._engine_name)
-        prompts = dataset.prompts
-        plan = dataset.plan(prompts, step)
-        groups = [dataset.episodes(g, p, asked) for g, p in zip(plan, prompts, strict=True)]
-        async with self._serving(policy_version):
-            await collector.generate(groups)
-        parts = await collector.write()
-        tally = collector.tally
-        rewards = [[s.reward for s in o.samples] for o in collector.members]
-        ref = await asyncio.to_thread(
-            commit_batch,
+        evaluation = Evaluation(
             self._store,
-            self._run,
-            folder,
-            step,
-            parts,
-            groups=tally.groups,
-            policy_versions=sorted(tally.versions),
-            metrics={
-                **tally.metrics(f"eval/{name}"),
-                **pass_metrics(f"eval/{name}", rewards, config.solved_at),
-            },
-            ledger={},
-            dataset=name,
+            config,
+            self._eval_datasets[name],
+            Asked(self._run, step, policy_version, self._engine_name),
         )
-        samples = [sample for outcome in collector.members for sample in outcome.samples]
+        if config.loss:
+            ref, samples = await evaluation.by_loss(self._loss_of)
+        else:
+            async with self._serving(policy_version):
+                ref, samples = await evaluation.by_answers(
+                    self._client, self._slots, self._rollout.shard_groups
+                )
         await self._show(self._hooks.eval_samples, "eval_samples", samples, step)
         return ref
+
+    async def _loss_of(self, samples: list[Sample]) -> dict[str, float]:
+        shared = ray.put(samples)
+        return (await asyncio.gather(*(r.loss_of.remote(shared) for r in self._ranks)))[0]
 
     def _serving(self, policy_version: int) -> AbstractAsyncContextManager[None]:
         return self._fleet.serving(policy_version) if self._fleet else nullcontext()

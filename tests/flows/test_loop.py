@@ -202,12 +202,28 @@ def test_a_run_is_not_continued_with_other_settings(folder):
     assert "megatron.lr" in done.stderr
 
 
-def test_supervised_training_needs_no_server(folder):
-    words = ("--name", "labels", "--steps", "2", "--algorithm", '{name = "sft"}', "--evals", "[]")
+def test_supervised_training_and_its_validation_loss_need_no_server(folder):
+    heldout = '[{name="heldout",loss=true,every=1,data={path="arithmetic/heldout.jsonl@[0:20]"}}]'
+    words = (
+        "--name",
+        "labels",
+        "--steps",
+        "2",
+        "--algorithm",
+        '{name = "sft"}',
+        "--evals",
+        heldout,
+    )
     rollout = ("--rollout.servers", "0", "--rollout.n-samples-per-prompt", "1")
     hook = ("--rollout.generate", "rollflow.engines.rollout.supervised:generate")
     rollflow(folder, "sft", "run.toml", *words, *rollout, *hook)
     store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
-    losses = [s.metrics["train/loss"] for s in read_steps(store, open_run(store, "labels"))]
+    run = open_run(store, "labels")
+    losses = [s.metrics["train/loss"] for s in read_steps(store, run)]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+    evaluations = [find_batch(store, run, version, "heldout") for version in range(3)]
+    measured = [batch.metrics["eval/heldout/loss"] for batch in evaluations if batch is not None]
+    assert len(measured) == 3
+    assert measured[2] < measured[1] < measured[0]
+    assert measured[0] == pytest.approx(losses[0], rel=0.05)

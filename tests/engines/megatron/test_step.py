@@ -47,6 +47,30 @@ def test_supervised_steps_equal_adamw_on_transformers(one_rank, run, model_path,
             assert metrics["train/tokens"] == sum(len(s.response_ids) for s in samples)
 
 
+def test_the_validation_loss_is_that_of_transformers_and_changes_nothing(
+    one_rank, model_path, make_samples
+):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    samples = [
+        dataclasses.replace(
+            s, loss_mask=[i % 3 != 1 for i in range(len(s.response_ids))], reward=None
+        )
+        for s in make_samples(0)
+    ]
+    with torch.no_grad():
+        expected = -torch.cat(
+            [reference_logprobs(model, s)[torch.tensor(s.loss_mask)] for s in samples]
+        )
+    for tokens in (4096, 24):
+        with one_rank(trainer=TrainerConfig(max_tokens_per_micro_batch=tokens)) as rank:
+            before = rank._rank_live.digest()
+            found = rank.loss_of(samples)
+            assert rank._rank_live.digest() == before
+        assert found["loss"] == pytest.approx(expected.mean().item(), abs=2e-6)
+        assert found["perplexity"] == pytest.approx(expected.mean().exp().item(), rel=1e-5)
+        assert found["tokens"] == len(expected)
+
+
 @pytest.mark.parametrize("algorithm", [GrpoConfig(), DapoConfig(), SftConfig()])
 def test_cutting_into_micro_batches_changes_nothing(one_rank, run, algorithm):
     batch = run.commit(0)
