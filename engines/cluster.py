@@ -61,10 +61,6 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
             logging_level=logging.ERROR,
         )
         return ClusterRef(config.address, namespace, "")
-    # Without this Ray answers on every interface, whatever node address it is given.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     temp_dir = tempfile.mkdtemp(prefix="rf-")
     try:
         _start_private(namespace, temp_dir, detect(config.device).gpus)
@@ -76,6 +72,10 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
 
 
 def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
+    # Without this Ray answers on every interface, whatever node address it is given.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     paths = [str(Path.cwd()), *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
     ray.init(
         address="local",

@@ -30,6 +30,10 @@ class ModelConfig(Config):
     trust_remote_code: bool = False
 
 
+Placement = Literal["STRICT_PACK", "PACK"]
+"""How Ray places the trainer's ranks; its own names."""
+
+
 class ClusterConfig(Config):
     """The Ray cluster. By default a private one on loopback, which ends with the run."""
 
@@ -39,8 +43,12 @@ class ClusterConfig(Config):
     colocate: bool = False
     """One GPU holds a trainer rank and a server. The server gives its memory back while the rank
     trains, so generation and training take turns (``rollout.mode = "sync"``)."""
+    placement: Placement = "STRICT_PACK"
+    """How Ray places the trainer's ranks, a bundle each with a GPU of its own: ``STRICT_PACK`` on one
+    node, or the run waits for one that has room; ``PACK`` on as few nodes as it can. Nodes have to be
+    of one machine in this version."""
     start_timeout_s: float = Field(default=300.0, gt=0)
-    """Deadline for Ray and for each engine to come up."""
+    """Deadline for Ray, for the ranks' place in the cluster and for each engine to come up."""
     max_recoveries: int = Field(default=5, ge=0)
     """Times in a row that a run goes on from its log after the loss of an engine, without having
     committed a step in between."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
 
-from rollflow.engines import cluster
+from rollflow.engines import cluster, placement
 from rollflow.engines.algorithms.config import resolved
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
@@ -83,11 +84,17 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
     """Start trainer and rollout side by side, or one after the other where they share a GPU."""
     platform = detect(config.cluster.device)
     timeout_s = config.cluster.start_timeout_s
+    group = None
+    if engines.ranks:
+        group = await placement.reserve(
+            len(engines.ranks), platform, config.cluster.placement, timeout_s=timeout_s
+        )
     starts = []
     if engines.manager:
-        starts.append(_start_rollout(config, plan, platform, timeout_s))
-    if engines.ranks:
-        starts.append(_start_trainer(config, plan, engines, platform, timeout_s))
+        beside = group if engines.take_turns else None
+        starts.append(_start_rollout(config, plan, beside, platform, timeout_s))
+    if group is not None:
+        starts.append(_start_trainer(config, plan, engines, group, platform, timeout_s))
     if engines.take_turns:
         for start in starts:  # a server's cache takes its share of what it finds free
             await start
@@ -112,13 +119,23 @@ async def stop_engines(engines: Engines) -> None:
     except (cluster.EngineDiedError, cluster.DeadlineError) as error:
         get_run_logger().warning("while stopping: %s", error)
     finally:
-        cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
-        cluster.disconnect(engines.cluster)
+        try:
+            cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
+            if engines.ranks:
+                placement.release()
+        finally:
+            cluster.disconnect(engines.cluster)
 
 
 async def _start_rollout(
-    config: RunSettings, plan: RunPlan, platform: Platform, timeout_s: float
+    config: RunSettings,
+    plan: RunPlan,
+    beside: PlacementGroup | None,
+    platform: Platform,
+    timeout_s: float,
 ) -> None:
+    """``beside``: the trainer's place, whose one GPU the server has a share of."""
+    place = placement.in_bundle(beside, 0, with_children=True) if beside else None
     cluster.start_actor(
         RolloutManager,
         MANAGER,
@@ -135,12 +152,18 @@ async def _start_rollout(
         str(log_folder(plan.run.name)),
         config.cluster.colocate,
         max_concurrency=64,
+        scheduling_strategy=place,
     )
     await cluster.call(MANAGER, "start", timeout_s=timeout_s)
 
 
 async def _start_trainer(
-    config: RunSettings, plan: RunPlan, engines: Engines, platform: Platform, timeout_s: float
+    config: RunSettings,
+    plan: RunPlan,
+    engines: Engines,
+    group: PlacementGroup,
+    platform: Platform,
+    timeout_s: float,
 ) -> None:
     for rank, name in enumerate(engines.ranks):
         cluster.start_actor(
@@ -160,6 +183,7 @@ async def _start_trainer(
             platform.device,
             config.cluster.colocate,
             gpus=platform.gpus_per_engine(shared=config.cluster.colocate),
+            scheduling_strategy=placement.in_bundle(group, rank),
         )
     master = await cluster.call(engines.ranks[0], "address", timeout_s=timeout_s)
     await cluster.call(engines.ranks, "setup", master[0], timeout_s=timeout_s)
