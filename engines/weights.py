@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,10 @@ FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 """Hugging Face module -> the module that SGLang fuses it into, and its place there."""
+
+EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+"""A weight of one expert. SGLang keeps those of a layer in two tensors: ``w13``, with gate and up of
+one expert after another, and ``w2``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +193,26 @@ class Tally:
         self.bytes = 0
         self._lines: list[str] = []
         self._fused: dict[str, tuple[int, Any]] = {}
+        self._early: dict[str, dict[int, bytes]] = {}
+        """Experts that came before others of their layer, which are on other ranks."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up)."""
+        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up), but for
+        experts, which may come in any."""
         data = _on_host(tensor)
         self.bytes += len(data)
         own = hashlib.sha256(data).hexdigest()
         self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {own}")
         fused, place = server_name(name)
         expected, hasher = self._fused.get(fused, (0, hashlib.sha256()))
+        if EXPERT.fullmatch(name):
+            early = self._early.setdefault(fused, {})
+            early[place] = bytes(_on_host(padded(name, tensor)))
+            while expected in early:
+                hasher.update(early.pop(expected))
+                expected += 1
+            self._fused[fused] = (expected, hasher)
+            return
         if place != expected:
             raise ValueError(
                 f"{name} came as part {expected} of {fused} but is part {place}; "
@@ -211,12 +227,23 @@ class Tally:
         return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
 
     def server_checksums(self) -> dict[str, str]:
-        """What ``/weights_checker`` of a single-rank CPU server says of these weights."""
+        """What ``/weights_checker`` of a single-rank CPU server says of these weights.
+
+        Raises:
+            ValueError: an expert is missing among those of its layer.
+        """
+        if gaps := [name for name, early in self._early.items() if early]:
+            raise ValueError(f"{gaps[0]} lacks its part {self._fused[gaps[0]][0]}")
         return {name: hasher.digest()[:8].hex() for name, (_, hasher) in self._fused.items()}
 
 
 def server_name(name: str) -> tuple[str, int]:
     """SGLang's name of the parameter that holds ``name``, and the place of ``name`` in it."""
+    if found := EXPERT.fullmatch(name):
+        experts, number, part = found[1], int(found[2]), found[3]
+        if part == "down":
+            return f"{experts}.w2_weight", number
+        return f"{experts}.w13_weight", 2 * number + (part == "up")
     for module, (fused, place) in FUSED.items():
         if f".{module}." in name:
             return name.replace(f".{module}.", f".{fused}."), place

@@ -34,6 +34,7 @@ RENAMED: dict[str, str] = {
     "save-interval": "checkpoint.every",
     "save": "store.url",
     "ref-load": "trainer.ref_load",
+    "use-rollout-routing-replay": "trainer.router_replay",
 }
 """slime's word -> our setting, where the value stays what it is."""
 IMPLIED = {

@@ -1,5 +1,6 @@
 """Looking into runs: queries, filters, comparisons and exports, for a person or a file."""
 
+import base64
 import csv
 import json
 import sys
@@ -186,10 +187,15 @@ def _to_jsonl(answer: pa.RecordBatchReader, target: Path) -> int:
         for row in _rows(answer):
             objects = {name: json.loads(row[name]) for name in JSON_COLUMNS}
             parts = dict(row["reward_parts"])
-            lines.write(json.dumps({**row, **objects, "reward_parts": parts}, ensure_ascii=False))
+            plain = {**row, **objects, "reward_parts": parts}
+            lines.write(json.dumps(plain, ensure_ascii=False, default=_as_text))
             lines.write("\n")
             count += 1
     return count
+
+
+def _as_text(value: bytes) -> str:
+    return base64.b64encode(value).decode()
 
 
 def _to_parquet(answer: pa.RecordBatchReader, target: Path) -> int:
@@ -206,8 +212,9 @@ def _to_arrow(answer: pa.RecordBatchReader, target: Path) -> int:
 
 
 def _to_csv(answer: pa.RecordBatchReader, target: Path) -> int:
-    """Only the columns that fit a cell: no lists and maps."""
-    flat = [f.name for f in answer.schema if not pa.types.is_nested(f.type)]
+    """Only the columns that fit a cell: no lists, maps and bytes."""
+    unfit = pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary
+    flat = [f.name for f in answer.schema if not any(is_it(f.type) for is_it in unfit)]
     schema = pa.schema([answer.schema.field(name) for name in flat])
     with pacsv.CSVWriter(str(target), schema) as writer:
         return _copied(answer, lambda batch: writer.write_batch(batch.select(flat)))

@@ -16,6 +16,10 @@ TEACHER_LOGPROBS = "teacher_logprobs"
 """Key in a sample's metadata: a teacher's log-probability of each response token (nats)."""
 
 
+EXPERTS_DTYPE = "<u2"
+"""Type of the numbers in ``Sample.routed_experts``, in numpy's words."""
+
+
 class Status(StrEnum):
     """How a sample ended. ``FAILED`` is never a reward of 0: a failed sample has no reward."""
 
@@ -96,6 +100,12 @@ class Sample:
     previous_grader: str = ""
     """The earlier ``grader``; empty where the sample was scored once."""
 
+    # of a model with a mixture of experts
+    routed_experts: bytes | None = None
+    """The experts that the servers sent each token to, ``EXPERTS_DTYPE`` [tokens - 1, layers, experts
+    per token]: all tokens of prompt and response but the last, which nothing was computed from. None
+    where that was not asked for."""
+
     @property
     def sample_id(self) -> str:
         """Name of the sample, unique in its run: ``{group_id}#{index}``."""
@@ -109,6 +119,13 @@ class Sample:
                     f"sample {self.sample_id}: {name} has {m} entries for {n} response tokens; "
                     "give one entry per response token"
                 )
+        if self.routed_experts and len(self.routed_experts) % (
+            size := 2 * max(len(self.prompt_ids) + n - 1, 1)
+        ):
+            raise ValueError(
+                f"sample {self.sample_id}: routed_experts has {len(self.routed_experts)} bytes, no "
+                f"multiple of {size}: two for each layer and expert of all tokens but the last"
+            )
         if self.status is Status.FAILED and self.reward is not None:
             raise ValueError(
                 f"sample {self.sample_id}: status is failed but reward is {self.reward}; "

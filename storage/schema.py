@@ -43,12 +43,16 @@ SCHEMA = pa.schema(
         pa.field("cached_tokens", pa.int64(), nullable=False),
         pa.field("previous_reward", pa.float64(), nullable=True),
         pa.field("previous_grader", pa.string(), nullable=False),
+        pa.field("routed_experts", pa.large_binary(), nullable=True),
     ],
-    metadata={"rollflow.schema": "2"},
+    metadata={"rollflow.schema": "3"},
 )
-"""Schema 2, which is written; storage/README.md explains every column."""
+"""Schema 3, which is written; storage/README.md explains every column."""
 
-ADDED: dict[int, dict[str, Any]] = {2: {"previous_reward": None, "previous_grader": ""}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"previous_reward": None, "previous_grader": ""},
+    3: {"routed_experts": None},
+}
 """Columns by the version that brought them, with the value that older samples get."""
 
 _NEWEST = max(ADDED)
@@ -142,6 +146,8 @@ def _typed(values: list[Any], kind: pa.DataType) -> pa.Array:
         fits = pa.types.is_floating(found.type) or pa.types.is_integer(found.type)
     elif pa.types.is_integer(kind):
         fits = pa.types.is_integer(found.type)
+    elif pa.types.is_large_binary(kind):
+        fits = pa.types.is_binary(found.type)
     else:
         fits = found.type == kind
     if not (fits or pa.types.is_null(found.type)):

@@ -1,12 +1,14 @@
 """Find mistakes in a run's settings before anything is started, Prefect included."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
-from rollflow.engines.algorithms.config import own_function
+from rollflow.engines.algorithms.config import SftConfig, own_function
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.engines.platform import Platform, detect
+from rollflow.engines.rollout.experts import SWITCH
 from rollflow.engines.rollout.server_args import gpus_per_server
 from rollflow.storage.config import DataConfig
 from rollflow.storage.prompts import PromptSet
@@ -22,6 +24,8 @@ def check_settings(config: RunSettings) -> None:
     check_lengths(config)
     check_teacher(config)
     check_parallel(config)
+    check_experts(config, detect(config.cluster.device))
+    check_router_replay(config)
 
 
 def check_platform(config: RunSettings) -> None:
@@ -122,7 +126,11 @@ def check_lengths(config: RunSettings) -> None:
     context = config.sglang.get("context_length") or positions
     # A generate function of the user's own decides how long its requests are.
     asked = [("rollout.sampling", config.rollout.sampling)] if not config.rollout.generate else []
-    asked += [(f"evals {e.name}: sampling", e.sampling) for e in config.evals if not e.generate]
+    asked += [
+        (f"evals {e.name}: sampling", e.sampling)
+        for e in config.evals
+        if not (e.generate or e.loss)
+    ]
     for field, sampling in asked:
         if context and sampling.max_new_tokens >= context:
             raise ValueError(
@@ -184,3 +192,75 @@ def check_parallel(config: RunSettings) -> None:
                 f"trainer.ranks = {config.trainer.ranks} is no multiple of {width} ({words} "
                 "parallel size in [megatron]); change one of them"
             )
+
+
+def check_experts(config: RunSettings, platform: Platform) -> None:
+    """A mixture of experts: servers build the model that the trainer does, and can prove it."""
+    model = json.loads((Path(config.model.path) / "config.json").read_text())
+    if not model.get("num_experts") or not config.rollout.servers:
+        return
+    what = f"model.path = {config.model.path!r} is a mixture of experts"
+    if platform.device == "cuda":
+        raise ValueError(
+            f"{what}: what its servers hold on a GPU cannot be verified in this version; set "
+            "cluster.device = 'cpu' or take a dense model"
+        )
+    if model.get("mlp_only_layers") or model.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"{what} with dense layers between (mlp_only_layers, decoder_sparse_step of its "
+            "config.json), for which SGLang builds layers of experts; train it with "
+            "rollout.servers = 0 only"
+        )
+    if model.get("tie_word_embeddings"):
+        raise ValueError(
+            f"{what} with tie_word_embeddings, for which SGLang keeps an output layer that is not "
+            "tied; untie the weights of the checkpoint, or train it with rollout.servers = 0 only"
+        )
+
+
+def check_router_replay(config: RunSettings) -> None:
+    """There are experts, the servers can tell which they chose, and the trainer can follow."""
+    if not config.trainer.router_replay:
+        return
+    megatron, sglang = config.megatron, config.sglang
+    model = json.loads((Path(config.model.path) / "config.json").read_text())
+    recomputed = megatron.get("recompute_modules") or ()
+    refusals = {
+        f"model.path = {config.model.path!r} is a dense model: it has no router": not model.get(
+            "num_experts"
+        ),
+        "algorithm.name = 'sft': labels were not generated, so there is no choice to replay": isinstance(
+            config.algorithm, SftConfig
+        ),
+        "rollout.servers = 0: nobody tells which experts were chosen": not config.rollout.servers,
+        f"sglang.{SWITCH} = false: the servers would not tell": sglang.get(SWITCH) is False,
+        "sglang.pp_size above 1: a server tells of its last stage alone": sglang.get("pp_size", 1)
+        > 1,
+        "sglang.tokenizer_worker_num above 1: only a server's first process is told what is asked": (
+            sglang.get("tokenizer_worker_num", 1) > 1
+        ),
+        "sglang 0.5.17, which may tell of another request than its own while steps overlap; install "
+        "0.5.18 or set sglang.disable_overlap_schedule = true": (
+            _is_installed("sglang", "0.5.17") and not sglang.get("disable_overlap_schedule")
+        ),
+        "megatron.moe_router_fusion = true: a fused router cannot be told": bool(
+            megatron.get("moe_router_fusion")
+        ),
+        "megatron.moe_router_load_balancing_type = 'sinkhorn': such a router cannot be told": (
+            megatron.get("moe_router_load_balancing_type") == "sinkhorn"
+        ),
+        "megatron.recompute_modules with 'moe' over pipeline stages: a router that is run again by "
+        "itself cannot know its micro-batch; use recompute_granularity = 'full'": (
+            "moe" in recomputed and int(megatron.get(PARALLEL[1], 1)) > 1
+        ),
+    }
+    for reason, holds in refusals.items():
+        if holds:
+            raise ValueError(f"trainer.router_replay = true cannot work with {reason}")
+
+
+def _is_installed(package: str, version: str) -> bool:
+    try:
+        return importlib.metadata.version(package) == version
+    except importlib.metadata.PackageNotFoundError:
+        return False

@@ -17,6 +17,7 @@ from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.platform import Platform, detect
 from rollflow.engines.rollout.client import GenerationError
+from rollflow.engines.rollout.experts import SWITCH
 from rollflow.engines.rollout.manager import RolloutManager
 from rollflow.engines.rollout.server import ServerError
 
@@ -146,7 +147,7 @@ async def _start_rollout(
         config.rollout,
         config.hooks,
         list(config.evals),
-        dict(config.sglang),
+        {**config.sglang, **({SWITCH: True} if config.trainer.router_replay else {})},
         dict(config.router),
         platform.device,
         str(log_folder(plan.run.name)),

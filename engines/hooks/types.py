@@ -55,6 +55,9 @@ class Completion:
     policy_versions: list[int] = field(default_factory=list[int])
     """Of the weights that sampled each token: they may change while an answer is generated. All
     ``policy_version`` unless given."""
+    routed_experts: bytes | None = None
+    """Under router replay: what a sample keeps as ``routed_experts``, of all tokens of the request and
+    of the answer but the last."""
 
     def __post_init__(self) -> None:
         if not self.policy_versions:
@@ -134,13 +137,15 @@ class GenerateContext:
         metadata: Mapping[str, Any] | None = None,
         cached_tokens: int = 0,
         generate_s: float = 0.0,
+        routed_experts: bytes | None = None,
     ) -> Sample:
         """A sample of this episode with its identity and provenance filled in.
 
         Per-token arguments have one entry per response token. ``loss_mask`` is all True and
         ``policy_versions`` all the oldest that answered unless given. Where an episode yields several
-        samples the collector numbers them on; they keep the episode's id. Raises ValueError where
-        lengths differ.
+        samples the collector numbers them on; they keep the episode's id. ``routed_experts`` are those
+        of the last answer, where it had the whole sample but its own tokens for a request. Raises
+        ValueError where lengths differ.
         """
         n = len(response_ids)
         return Sample(
@@ -172,6 +177,7 @@ class GenerateContext:
             template=self.template,
             generate_s=generate_s,
             cached_tokens=cached_tokens,
+            routed_experts=routed_experts,
         )
 
 

@@ -67,6 +67,8 @@ class PackedSequences(PackedSeqParams):
     """How attention lays the sequences out; empty where the flash kernel takes them as they are."""
     unpack_T: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """Where token t stands in the concatenation of the groups' ``tokens_N``."""
+    experts_TLK: torch.Tensor | None = None
+    """Experts that each token goes to in each layer; None where the routers choose."""
 
 
 def pack(lengths: list[int], device: str = "cpu", layout: Layout | None = None) -> PackedSequences:

@@ -7,7 +7,7 @@ micro-batches within the token budget; every rank gets the same number of micro-
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from rollflow.engines.algorithms.reduction import sample_weights
 from rollflow.storage.samples import TEACHER_LOGPROBS, Sample, Status
 
 from .attention import Layout, PackedSequences, pack
+from .router_replay import Experts, on_the_row, sample_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Row:
     """Its advantage over its group, or its reward; see ``policy.compute_outcomes``."""
     stale: bool
     """Some token was sampled by other weights than the batch's step names."""
+    experts_tLK: Tensor | None = None
+    """Where the servers' routers sent each token; only under router replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,27 @@ class MicroBatch:
     rollout_logprobs_M: Tensor
     teacher_logprobs_M: Tensor | None
 
+    def routed_freely(self) -> "MicroBatch":
+        """The same, with experts that the model's own routers choose."""
+        return replace(self, packed=replace(self.packed, experts_TLK=None))
+
 
 def make_rows(
     samples: Sequence[Sample],
     config: AlgorithmConfig,
     version: int,
     own_advantage: AdvantageFn | None = None,
+    experts: Experts | None = None,
 ) -> list[Row]:
     """The samples that can be trained on, in their order; the others had nothing to give.
 
     Left out are samples that failed, that miss a reward which the algorithm needs, or that have no
-    trained token; none of them counts in a group's statistics unless it has a reward.
+    trained token; none of them counts in a group's statistics unless it has a reward. With
+    ``experts`` the rows have the servers' choice of them.
 
     Raises:
-        ValueError: a sample lacks the teacher's log-probabilities that the algorithm needs.
+        ValueError: a sample lacks the teacher's log-probabilities that the algorithm needs, or the
+            experts that are to be replayed.
     """
     outcomes = compute_outcomes(
         config,
@@ -94,7 +104,8 @@ def make_rows(
             continue
         row = _row(sample, outcome, version, need.teacher_logprobs)
         if len(row.trained_m):
-            rows.append(row)
+            chosen = sample_experts(sample, experts) if experts else None
+            rows.append(replace(row, experts_tLK=chosen))
     return rows
 
 
@@ -248,6 +259,10 @@ def _pack_rows(
     packed = pack(lengths, device, layout)
     tokens_T, held_H, places_H = _own_part(rows, trained_M, packed.source_T.cpu())
     teacher = [row.teacher_logprobs_m for row in rows if row.teacher_logprobs_m is not None]
+    experts = [row.experts_tLK for row in rows if row.experts_tLK is not None]
+    if experts:
+        chosen_TLK = on_the_row(torch.cat(experts), packed.source_T.cpu())
+        packed = replace(packed, experts_TLK=chosen_TLK.to(device))
 
     def spread(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts).to(device)

@@ -35,6 +35,10 @@ class TrainerConfig(Config):
     ref_load: str = ""
     """Weights of the reference policy, of the same kinds; empty: ``model.path``'s. Where ``load`` is
     empty the run starts from them too."""
+    router_replay: bool = False
+    """For models with a mixture of experts: the trainer's routers send each token to the experts that
+    the servers sent it to, in training and for the old log-probabilities; their choice is stored with
+    the samples. Reference, critic and validation route freely."""
     seed: int = 1234
     deterministic: bool = True
     """Training the same batch again gives bit-equal weights, which going on from the log relies on. A
@@ -108,6 +112,7 @@ MEGATRON_OWNED = {
     "kv_channels": "use model.path (its config.json)",
     "finalize_model_grads_func": "the trainer sets it",
     "grad_scale_func": "the trainer sets it",
+    "moe_enable_routing_replay": "use trainer.router_replay",
 }
 """Megatron's fields that rollflow sets, and why or what to use instead."""
 

@@ -45,7 +45,7 @@ def look_back(
     if need.ref_logprobs:
         assert learner.reference is not None
         with learner.reference.in_place(learner.model):
-            work = _each(work, "ref_logprobs_M", partial(_logprobs, learner))
+            work = _each(work, "ref_logprobs_M", partial(_logprobs_of_reference, learner))
     if need.values:
         assert learner.critic is not None
         work = _each(work, "values_M", partial(values_of, learner.critic.model))
@@ -114,6 +114,11 @@ def _each(
 
 def _logprobs(learner: Learner, batches: list[MicroBatch]) -> list[Tensor]:
     return logprobs_of(learner.model, batches, learner.temperature)
+
+
+def _logprobs_of_reference(learner: Learner, batches: list[MicroBatch]) -> list[Tensor]:
+    """Another model: its routers choose for themselves."""
+    return _logprobs(learner, [batch.routed_freely() for batch in batches])
 
 
 def _mismatch(work: list[list[Work]]) -> Metrics:

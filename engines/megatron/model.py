@@ -24,6 +24,8 @@ from .fused import SETTINGS as FUSED
 from .fused import fuse_rotary_positions
 from .loading import load_hugging_face
 from .model_parts import unwrapped
+from .router_replay import SETTING as REPLAY
+from .router_replay import experts_of, replay_routers
 from .settings import Settings
 
 
@@ -67,17 +69,19 @@ def build_model(
     *,
     trained: bool = True,
     value_head: bool = False,
+    router_replay: bool = False,
 ) -> Model:
     """Build this rank's part and load ``config.path``, or start from random weights.
 
     With ``value_head`` the output layer gives one number for each token, 0 before it is trained.
+    With ``router_replay`` the routers follow rows that name experts; see :mod:`.router_replay`.
 
     Process groups and seeds must stand already; see :mod:`.parallel`. Random weights depend on the
     seed and the number of pipeline stages only. What is not ``trained`` has no place for gradients.
 
     Raises:
-        ValueError: an architecture or rotary scaling that is not supported, or a weight that does
-            not fit config.json.
+        ValueError: an architecture or rotary scaling that is not supported, a weight that does
+            not fit config.json, or a replay for a model without routers.
         FileNotFoundError: ``config.path`` has no config.json.
     """
     hf_config = read_hf_config(config)
@@ -89,7 +93,8 @@ def build_model(
         make: Any = bridge_class(hf_config.model_type)
         # The vocabulary is split evenly over the tensor parallel ranks.
         bridge = make(hf_config, dtype=dtype, make_vocab_size_divisible_by=settings.tensor_parallel)
-        bridge.set_extra_args(**_model_overrides(hf_config, settings, device))
+        overrides = _model_overrides(hf_config, settings, device)
+        bridge.set_extra_args(**overrides, **({REPLAY: True} if router_replay else {}))
         chunks = bridge.get_model(
             bf16=dtype is torch.bfloat16,
             wrap_with_ddp=trained,
@@ -99,6 +104,9 @@ def build_model(
                 *([_use_value_head] if value_head else []),
             ],
         )
+        if router_replay:
+            experts_of(bridge.config)
+            replay_routers(chunks)
         if not config.random_weights:
             parts = [unwrapped(chunk) for chunk in chunks]
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)

@@ -77,7 +77,7 @@ class Rank:
         store = parallel.connect_store(master, timeout_s) if isinstance(master, str) else master
         parallel.join(store, rank, world_size, backend=platform.backend, timeout_s=timeout_s)
         parallel.make_groups(settings, trainer.seed, timeout_s=timeout_s)
-        built = build_model(model, settings, platform.device)
+        built = build_model(model, settings, platform.device, router_replay=trainer.router_replay)
         if trainer.ref_load:
             load_weights(built, trainer.ref_load)
         reference = Reference(built) if needs(algorithm).ref_logprobs else None

@@ -28,6 +28,7 @@ OWNED = {
     "grad_scale_func": "the training step sets it",
     "no_sync_func": "the training step sets it",
     "average_in_collective": "gradients are always summed",
+    "moe_enable_routing_replay": "it follows trainer.router_replay",
 }
 
 ARCHITECTURE = (

@@ -25,6 +25,7 @@ from .learner import Learner
 from .look_back import Work, look_back, value
 from .optimizer import update
 from .parallel import row_layout
+from .router_replay import experts_of
 
 
 def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str, float]:
@@ -37,7 +38,8 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
         ValueError: no sample can be trained on, or there are fewer groups than updates.
     """
     started = time.perf_counter()
-    rows = make_rows(samples, learner.algorithm, step, learner.own_advantage)
+    experts = experts_of(learner.model.bridge.config) if learner.trainer.router_replay else None
+    rows = make_rows(samples, learner.algorithm, step, learner.own_advantage, experts)
     if not rows:
         raise ValueError(
             f"step {step}: none of the batch's {len(samples)} samples can be trained on; all "

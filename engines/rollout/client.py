@@ -14,6 +14,7 @@ import aiohttp
 from rollflow.engines.hooks import Completion
 
 from .config import SamplingConfig
+from .experts import ASKING, told_experts, went_on
 from .single_turn import DEFAULT_NEW_TOKENS
 
 T = TypeVar("T")
@@ -93,12 +94,18 @@ class GenerateClient:
         )
 
     async def generate(
-        self, input_ids: list[int], sampling: dict[str, Any], seed: int
+        self,
+        input_ids: list[int],
+        sampling: dict[str, Any],
+        seed: int,
+        *,
+        routed_experts: bool = False,
     ) -> Completion:
         """Continue ``input_ids``; HTTP and server faults are retried, with a bound.
 
         Where weights change meanwhile, the answer goes on under the new ones from its last token.
-        ``sampling`` has SGLang's names. Raises RequestRefusedError or GenerationError.
+        ``sampling`` has SGLang's names. With ``routed_experts`` the answer has them, or is a fault.
+        Raises RequestRefusedError or GenerationError.
         """
         scope = _scope.get() or Scope()
         served = _served.get()
@@ -115,7 +122,7 @@ class GenerateClient:
                 "sampling_params": {**rest, "sampling_seed": seed},
                 "return_logprob": True,
             }
-            answer = await self._ask(body, scope, stops)
+            answer = await self._ask(body, scope, stops, routed_experts=routed_experts)
             done = _joined(done, answer)
             if served is not None and answer.token_ids:
                 served.add(answer.policy_version)
@@ -188,23 +195,30 @@ class GenerateClient:
             while waited_for and time.monotonic() < again:
                 await asyncio.sleep(POLL_S)
 
-    async def _ask(self, body: dict[str, Any], scope: Scope, stops: int) -> Completion:
+    async def _ask(
+        self, body: dict[str, Any], scope: Scope, stops: int, *, routed_experts: bool
+    ) -> Completion:
         def read(answer: dict[str, Any], seconds: float) -> Completion:
-            completion = _completion(answer, seconds)
+            asked = len(body["input_ids"]) if routed_experts else None
+            completion = _completion(answer, seconds, asked)
             if completion.finish_reason == "abort" and stops == self._stops and not scope.cut:
                 reason = answer["meta_info"]["finish_reason"]
                 raise _ServerFaultError(f"aborted: {reason}")
             return completion
 
-        return await self._tried(body, scope, read)
+        return await self._tried(body, scope, read, ASKING if routed_experts else "rollflow-")
 
     async def _tried(
-        self, body: dict[str, Any], scope: Scope, read: Callable[[dict[str, Any], float], T]
+        self,
+        body: dict[str, Any],
+        scope: Scope,
+        read: Callable[[dict[str, Any], float], T],
+        prefix: str = "rollflow-",
     ) -> T:
         """Send a request until ``read`` accepts its answer, with a bound."""
         started = time.monotonic()
         for attempt in range(self._max_retries + 1):
-            request = f"rollflow-{next(self._numbers)}"
+            request = f"{prefix}{next(self._numbers)}"
             scope.requests.add(request)
             self._in_flight.add(request)
             try:
@@ -243,9 +257,16 @@ def sampling_params(config: SamplingConfig) -> dict[str, Any]:
     return {k: v for k, v in config.model_dump().items() if v != []}
 
 
-def _completion(answer: dict[str, Any], seconds: float) -> Completion:
+def _completion(answer: dict[str, Any], seconds: float, asked: int | None) -> Completion:
+    """``asked``: tokens of a request whose answer has routed experts."""
     meta = answer["meta_info"]
     version = int(meta["weight_version"])
+    experts = None
+    if asked is not None and answer["output_ids"]:
+        try:
+            experts = told_experts(meta, asked + len(answer["output_ids"]) - 1)
+        except ValueError as error:
+            raise _ServerFaultError(str(error)) from error
     return Completion(
         token_ids=answer["output_ids"],
         logprobs=[entry[0] for entry in meta.get("output_token_logprobs") or []],
@@ -254,6 +275,7 @@ def _completion(answer: dict[str, Any], seconds: float) -> Completion:
         cached_tokens=meta.get("cached_tokens", 0),
         seconds=seconds,
         policy_versions=[version] * len(answer["output_ids"]),
+        routed_experts=experts,
     )
 
 
@@ -267,4 +289,5 @@ def _joined(first: Completion, second: Completion) -> Completion:
         cached_tokens=first.cached_tokens if first.token_ids else second.cached_tokens,
         seconds=first.seconds + second.seconds,
         policy_versions=[*first.policy_versions, *second.policy_versions],
+        routed_experts=went_on(first.routed_experts, second.routed_experts),
     )

@@ -135,14 +135,17 @@ def training_dataset(
     data: Sequence[DataConfig],
     rollout: RolloutConfig,
     hooks: HooksConfig,
+    *,
+    routed_experts: bool = False,
 ) -> Dataset:
     """The sources that steps draw from; ValueError names a bad row or hook.
 
-    Prompts are encoded by the settings of the first source.
+    Prompts are encoded by the settings of the first source. With ``routed_experts`` answers tell
+    where the servers sent each token.
     """
     return _dataset(
         store,
-        RolloutEngine(tokenizer, data[0], client),
+        RolloutEngine(tokenizer, data[0], client, routed_experts=routed_experts),
         data,
         rollout,
         rollout.generate,

@@ -17,8 +17,16 @@ TOOLS = "tools"
 class RolloutEngine:
     """A :class:`~rollflow.engines.hooks.GenerateEngine` for the prompts of one dataset."""
 
-    def __init__(self, tokenizer: Any, data: DataConfig, client: GenerateClient | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        data: DataConfig,
+        client: GenerateClient | None,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
+        self._routed_experts = routed_experts
         self._data = data
         self._client = client
 
@@ -69,7 +77,9 @@ class RolloutEngine:
         """Continue ``input_ids``; RuntimeError where the run has no servers."""
         if self._client is None:
             raise RuntimeError("rollout.servers = 0: there is no engine to generate with")
-        return await self._client.generate(input_ids, sampling, seed)
+        return await self._client.generate(
+            input_ids, sampling, seed, routed_experts=self._routed_experts
+        )
 
 
 def _messages(prompt: Prompt) -> list[Message]:

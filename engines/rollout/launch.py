@@ -26,11 +26,13 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 if ON_CPU and __name__ == "__mp_main__":
+    from rollflow.engines.cpu import routed_experts as _routed_experts
     from rollflow.engines.cpu import seeded_sampling as _seeded_sampling
     from rollflow.engines.cpu import sglang as _cpu_support
 
     _cpu_support.install()
     _seeded_sampling.install()
+    _routed_experts.install()
 
 
 def main() -> int:
@@ -58,12 +60,13 @@ def main() -> int:
 def run_server(arguments: dict[str, Any]) -> None:
     """Run one SGLang HTTP server. ``arguments``: fields of its ServerArgs."""
     if ON_CPU:
-        from rollflow.engines.cpu import seeded_sampling
+        from rollflow.engines.cpu import routed_experts, seeded_sampling
         from rollflow.engines.cpu import sglang as cpu_support
 
         cpu_support.install()
         cpu_support.fork_subprocesses()
         seeded_sampling.install()
+        routed_experts.install()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
@@ -71,6 +74,10 @@ def run_server(arguments: dict[str, Any]) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
+    from rollflow.engines.rollout import experts
+
+    if arguments.get(experts.SWITCH):
+        experts.ask_by_id()
     launch_server(ServerArgs(**arguments))
 
 

@@ -29,6 +29,7 @@ from .collector import Collector
 from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
 from .evaluation import Evaluation
+from .experts import SWITCH
 from .filters import load_dynamic_filter
 from .fleet import WEIGHTS, Fleet
 from .producer import Producer, Production, make_buffer
@@ -296,7 +297,15 @@ class RolloutManager:
     def _load_datasets(self, tokenizer: Any) -> None:
         store, client, rollout, hooks = self._store, self._client, self._rollout, self._hooks
         set_arguments(slime_arguments(rollout, self._model, self._fleet and self._fleet.router.url))
-        self._training = training_dataset(store, tokenizer, client, self._data, rollout, hooks)
+        self._training = training_dataset(
+            store,
+            tokenizer,
+            client,
+            self._data,
+            rollout,
+            hooks,
+            routed_experts=bool(self._sglang.get(SWITCH)),
+        )
         for config in self._evals:
             dataset = eval_dataset(store, tokenizer, client, config, rollout)
             self._eval_datasets[config.name] = dataset

@@ -3,6 +3,8 @@
 from rollflow.engines.hooks import GenerateContext, GenerateEngine
 from rollflow.storage.samples import Prompt, Sample, Status
 
+from .experts import went_on
+
 STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 DEFAULT_NEW_TOKENS = 128
 """SGLang's own, where the sampling parameters name none."""
@@ -32,4 +34,5 @@ async def generate(engine: GenerateEngine, prompt: Prompt, context: GenerateCont
         policy_versions=[*(begun.policy_versions if begun else []), *answer.policy_versions],
         cached_tokens=answer.cached_tokens,
         generate_s=answer.seconds + (begun.generate_s if begun else 0.0),
+        routed_experts=went_on(begun.routed_experts if begun else None, answer.routed_experts),
     )

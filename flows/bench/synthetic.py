@@ -57,6 +57,7 @@ def table(run: str, step: int, groups: int, per_group: int, tokens: int) -> pa.T
         "cached_tokens": pa.array(np.zeros(rows, np.int64)),
         "previous_reward": pa.nulls(rows, pa.float64()),
         "previous_grader": pa.array([""] * rows),
+        "routed_experts": pa.nulls(rows, pa.large_binary()),
     }
     return pa.Table.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 

@@ -284,6 +284,9 @@ async def generate(engine, prompt, context):
         def encode(self, prompt):
             return [ord(c) for c in prompt.prompt]
 
+        def render(self, prompt, messages, *, add_generation_prompt=True):
+            raise NotImplementedError
+
         async def generate(self, input_ids, sampling, seed):
             return Completion([ord("4")], [-0.25], "stop", 5)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -22,7 +23,7 @@ class Engine:
     """Stands for a rank, a server or the manager that starts one."""
 
     def __init__(self) -> None:
-        self.child = None
+        self.child: Any = None
 
     def gpus(self):
         return ray.get_runtime_context().get_accelerator_ids()["GPU"]
@@ -31,7 +32,8 @@ class Engine:
         return ray.get_runtime_context().get_placement_group_id()
 
     async def gpus_of_a_child(self):
-        self.child = ray.remote(num_cpus=0, num_gpus=SHARE)(Engine).remote()
+        make: Any = ray.remote(num_cpus=0, num_gpus=SHARE)(Engine)
+        self.child = make.remote()
         return await self.child.gpus.remote()
 
 

@@ -143,6 +143,24 @@ def test_parts_of_a_fused_weight_must_come_in_order(named):
         tally.add(*named[2])
 
 
+def test_experts_are_what_the_server_fuses_them_to_in_whatever_order_they_come():
+    """Expert parallel ranks give 0, 2, 1, 3."""
+    layer, torch_random = "model.layers.3.mlp.experts", torch.Generator().manual_seed(0)
+    gates, ups, downs = (torch.randn(4, 32, 32, generator=torch_random) for _ in range(3))
+    tally = Tally()
+    for e in (0, 2, 1, 3):
+        for name, of in (("up", ups), ("gate", gates), ("down", downs)):
+            tally.add(f"{layer}.{e}.{name}_proj.weight", of[e])
+            if name == "up" and e == 2:
+                with pytest.raises(ValueError, match="w13_weight lacks its part 2"):
+                    tally.server_checksums()
+    fused = {"w13_weight": torch.stack([gates, ups], 1), "w2_weight": downs}
+    assert tally.server_checksums() == {
+        f"{layer}.{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+        for name, tensor in fused.items()
+    }
+
+
 @pytest.mark.parametrize("bucket_bytes", [1 << 30, 300])
 def test_every_server_gets_all_weights_and_the_version(named, servers, monkeypatch, bucket_bytes):
     monkeypatch.setattr(weights, "BUCKET_BYTES", bucket_bytes)

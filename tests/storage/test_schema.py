@@ -30,6 +30,8 @@ def any_sample(draw) -> Sample:
         return draw(st.lists(values, min_size=n, max_size=n))
 
     status = draw(st.sampled_from(Status))
+    prompt_ids = draw(st.lists(INT32, max_size=4))
+    experts = 2 * max(len(prompt_ids) + n - 1, 1)
     return Sample(
         run=draw(TEXT),
         step=draw(INT64),
@@ -40,7 +42,7 @@ def any_sample(draw) -> Sample:
         episode_id=draw(TEXT),
         prompt_text=draw(TEXT),
         response_text=draw(TEXT),
-        prompt_ids=draw(st.lists(INT32, max_size=4)),
+        prompt_ids=prompt_ids,
         response_ids=per_token(INT32),
         loss_mask=per_token(st.booleans()),
         rollout_logprobs=per_token(st.floats(width=32, allow_nan=False)),
@@ -61,6 +63,7 @@ def any_sample(draw) -> Sample:
         cached_tokens=draw(INT64),
         previous_reward=draw(st.none() | REAL),
         previous_grader=draw(TEXT),
+        routed_experts=draw(st.none() | st.binary(min_size=experts, max_size=experts)),
     )
 
 
@@ -86,7 +89,7 @@ def test_a_slice_or_a_table_in_several_chunks_reads_the_same(samples, data):
 
 def test_every_field_of_a_sample_is_a_column_in_the_same_order():
     assert SCHEMA.names == [field.name for field in fields(Sample)]
-    assert SCHEMA.metadata == {b"rollflow.schema": b"2"}
+    assert SCHEMA.metadata == {b"rollflow.schema": b"3"}
 
 
 def test_log_probabilities_are_rounded_to_float32_and_nothing_else_is(make_sample):
@@ -112,6 +115,7 @@ def test_log_probabilities_are_rounded_to_float32_and_nothing_else_is(make_sampl
         ("reward_parts", {"a": None}),
         ("policy_versions", [1, 2.5, 3]),
         ("engine", None),
+        ("routed_experts", "text" * 3),
     ],
 )
 def test_a_value_that_would_not_come_back_is_refused_by_name(make_sample, field, value):
@@ -122,8 +126,8 @@ def test_a_value_that_would_not_come_back_is_refused_by_name(make_sample, field,
 
 def test_a_table_of_another_schema_is_refused(make_sample):
     table = to_table([make_sample(0, 0)])
-    with pytest.raises(ValueError, match=r"rollflow.schema is 3; .* reads 1 to 2"):
-        from_table(table.replace_schema_metadata({"rollflow.schema": "3"}))
+    with pytest.raises(ValueError, match=r"rollflow.schema is 4; .* reads 1 to 3"):
+        from_table(table.replace_schema_metadata({"rollflow.schema": "4"}))
     with pytest.raises(ValueError, match=r"rollflow.schema is none"):
         from_table(table.replace_schema_metadata(None))
     with pytest.raises(ValueError, match=r"\['seed'\]"):

@@ -1,6 +1,8 @@
 """Every mistake that can be found before an engine starts is found there, by name."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,7 @@ from rollflow.flows.arguments import build_config, overlay
 from rollflow.flows.recipes import arithmetic
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import read_run
-from rollflow.tasks.checks import check_colocation
+from rollflow.tasks.checks import check_colocation, check_experts, check_router_replay
 from rollflow.tasks.preflight import preflight
 
 
@@ -41,6 +43,7 @@ def tree(tmp_path):
         (["--rollout.generate", "rollflow.engines.rewards.exact_match:exact_match"], "async"),
         (["--data.path", "/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--data.prompt_key", "question"], "question"),
+        (["--trainer.router_replay", "true"], "router_replay = true cannot work with model.path"),
         (["--tensor-model-parallel-size", "2"], "trainer.ranks = 1 is no multiple of 2"),
         (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
         (["--store.url", "nosuch://bucket"], "store.url = 'nosuch://bucket'"),
@@ -117,3 +120,50 @@ def test_what_cannot_share_a_gpu_is_named(tree, words, message):
     config = build_config(overlay(tree, ["--cluster.colocate", "true", *words]))
     with pytest.raises(ValueError, match=re.escape(message)):
         check_colocation(config, Platform("cuda", "cpu:gloo,cuda:nccl", 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"tie_word_embeddings": True}, "cpu", "with tie_word_embeddings"),
+        ({"mlp_only_layers": [0]}, "cpu", "with dense layers between"),
+        ({"decoder_sparse_step": 2}, "cpu", "with dense layers between"),
+        ({}, "cuda", "on a GPU cannot be verified"),
+    ],
+)
+def test_a_mixture_of_experts_that_servers_would_build_otherwise_is_refused(
+    tree, changes, device, message
+):
+    file = Path(tree["model"]["path"]) / "config.json"
+    model = {**json.loads(file.read_text()), "num_experts": 4, "tie_word_embeddings": False}
+    file.write_text(json.dumps(model))
+    config = build_config(overlay(tree, []))
+    check_experts(config, Platform("cpu", "gloo"))
+    file.write_text(json.dumps({**model, **changes}))
+    with pytest.raises(ValueError, match=f"is a mixture of experts.*{message}"):
+        check_experts(config, Platform(device, "gloo", 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--algorithm.name", "sft"], "algorithm.name = 'sft'"),
+        (["--rollout.servers", "0"], "rollout.servers = 0"),
+        (["--sglang.enable_return_routed_experts", "false"], "would not tell"),
+        (["--sglang.pp_size", "2"], "sglang.pp_size above 1"),
+        (["--sglang.tokenizer_worker_num", "2"], "sglang.tokenizer_worker_num above 1"),
+        (["--moe-router-fusion", "true"], "megatron.moe_router_fusion"),
+        (["--moe-router-load-balancing-type", "sinkhorn"], "sinkhorn"),
+        (
+            ["--recompute-modules", '["moe"]', "--pipeline-model-parallel-size", "2"],
+            "megatron.recompute_modules with 'moe' over pipeline stages",
+        ),
+    ],
+)
+def test_router_replay_says_what_it_cannot_work_with(tree, words, reason):
+    file = Path(tree["model"]["path"]) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_experts": 4}))
+    replay = ["--trainer.router_replay", "true"]
+    check_router_replay(build_config(overlay(tree, replay)))
+    with pytest.raises(ValueError, match=f"router_replay = true cannot work with.*{reason}"):
+        check_router_replay(build_config(overlay(tree, [*replay, *words])))

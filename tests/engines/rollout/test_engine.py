@@ -32,7 +32,7 @@ class AnswersOnce:
         self.completion = completion
         self.asked: list[Any] = []
 
-    async def generate(self, *request: Any) -> Completion:
+    async def generate(self, *request: Any, routed_experts: bool = False) -> Completion:
         self.asked.append(request)
         return self.completion
 
