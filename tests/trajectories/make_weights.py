@@ -28,7 +28,7 @@ WARM = (
         "--data.path",
         "arithmetic/train.jsonl",
     ),
-    *("--steps", "1500", "--stop.at_least", "0.5", "--lr", "1e-3", "--trainer.ranks", "1"),
+    *("--steps", "1500", "--stop.at_least", "0.85", "--lr", "1e-3", "--trainer.ranks", "1"),
 )
 EVAL = (
     '{name = "heldout", every = %d, data = {path = "arithmetic/heldout.jsonl", shuffle = false}, '
@@ -44,7 +44,7 @@ def main() -> None:
         try:
             _run(folder, "sft", "arithmetic_sft_cpu", *WARM, "--evals", f"[{EVAL % 20}]")
             _keep(folder, "warm", START)
-            more = ("--name", "teacher", "--stop.at_least", "0.95", "--trainer.load", str(START))
+            more = ("--name", "teacher", "--stop.at_least", "0.98", "--trainer.load", str(START))
             _run(folder, "sft", "arithmetic_sft_cpu", *WARM, "--evals", f"[{EVAL % 20}]", *more)
             _keep(folder, "teacher", TEACHER)
         finally:

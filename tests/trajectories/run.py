@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .trajectory import GOLDEN, RECIPES, STEPS, Trajectory, down, golden, prepare, take
+
+PARALLEL = 2
+"""Each has a server and a rank, which take turns: two keep two cores busy."""
 
 
 def main() -> int:
@@ -25,27 +29,40 @@ def main() -> int:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rollflow-trajectories-") as folder:
         prepare(Path(folder))
+
+        def way_of(recipe: str) -> Trajectory | str:
+            try:
+                return take(Path(folder), recipe, arguments.steps)
+            except AssertionError as error:
+                return str(error)
+
         try:
-            for recipe in arguments.only:
-                found[recipe] = way = take(Path(folder), recipe, arguments.steps)
-                if way.rise() <= 0:
-                    wrong.append(f"{recipe}: does not rise ({way.rise():+.3f})")
-                if not arguments.write:
-                    same = kept.get(recipe)
-                    apart = way.differences(same) if same else ["there is no golden trajectory"]
-                    wrong += [f"{recipe}: {difference}" for difference in apart]
-                console.print(f"{recipe}: {way.rise():+.3f}", highlight=False)
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                ways = pool.map(way_of, arguments.only)
+                for recipe, way in zip(arguments.only, ways, strict=True):
+                    if isinstance(way, str):
+                        wrong.append(f"{recipe}: {way}")
+                        continue
+                    found[recipe] = way
+                    wrong += [f"{recipe}: {fault}" for fault in _faults(way, kept.get(recipe))]
+                    if arguments.write:
+                        _keep({**kept, **found})
         finally:
             down(Path(folder))
-    if arguments.write:
-        GOLDEN.write_text(
-            json.dumps({name: asdict(way) for name, way in {**kept, **found}.items()}, indent=1)
-            + "\n"
-        )
     console.print(_table(found, kept))
     for line in wrong:
         console.print(line, style="red", highlight=False)
     return 1 if wrong else 0
+
+
+def _faults(way: Trajectory, kept: Trajectory | None) -> list[str]:
+    rise = [] if way.rise() > 0 else [f"does not rise ({way.rise():+.3f})"]
+    return rise + (way.differences(kept) if kept else [])
+
+
+def _keep(ways: dict[str, Trajectory]) -> None:
+    rows = {name: asdict(way) for name, way in sorted(ways.items())}
+    GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _table(found: dict[str, Trajectory], kept: dict[str, Trajectory]) -> Table:

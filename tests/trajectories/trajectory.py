@@ -23,7 +23,7 @@ from rollflow.storage.steps import read_steps
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden.json"
 START, TEACHER = HERE / "weights/start", HERE / "weights/teacher"
-"""Fixed weights: a model that gets about half of the sums right, and one that gets nearly all."""
+"""Fixed weights: a model that gets half of the sums right when it samples, and one that gets nearly all."""
 MODEL = arithmetic.MODEL | {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -36,12 +36,14 @@ RECIPES = [name for name in recipes() if name.startswith("arithmetic_") and name
 SETTINGS = (
     *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
-    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
+    *("--rollout.batch_size", "24", "--rollout.n_samples_per_prompt", "8"),
     *("--trainer.lr_warmup_steps", "0", "--trainer.lr_decay_style", "constant"),
 )
+HELDOUT = '{name = "heldout", loss = true, data = {path = "arithmetic/heldout.jsonl"}}'
 SUPERVISED = (
-    *("--stop", "null", "--rollout.servers", "0"),
-    *("--rollout.batch_size", "128", "--rollout.n_samples_per_prompt", "1"),
+    *("--rollout.servers", "0", "--evals", f"[{HELDOUT}]"),
+    *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
+    *("--rollout.batch_size", "192", "--rollout.n_samples_per_prompt", "1"),
 )
 EXACT_STEPS = 3
 """So many steps agree to the last count of right answers, whatever the processor."""
