@@ -36,14 +36,14 @@ RECIPES = [name for name in recipes() if name.startswith("arithmetic_") and name
 SETTINGS = (
     *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
-    *("--rollout.batch_size", "24", "--rollout.n_samples_per_prompt", "8"),
-    *("--trainer.lr_warmup_steps", "0", "--trainer.lr_decay_style", "constant"),
+    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
+    *("--trainer.lr_decay_style", "constant"),
 )
 HELDOUT = '{name = "heldout", loss = true, data = {path = "arithmetic/heldout.jsonl"}}'
 SUPERVISED = (
     *("--rollout.servers", "0", "--evals", f"[{HELDOUT}]"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
-    *("--rollout.batch_size", "192", "--rollout.n_samples_per_prompt", "1"),
+    *("--rollout.batch_size", "128", "--rollout.n_samples_per_prompt", "1"),
 )
 EXACT_STEPS = 3
 """So many steps agree to the last count of right answers, whatever the processor."""
