@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference recipes trl mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference trajectories trl mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,8 +40,8 @@ parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in e
 reference: $(INSTALLED) ## Write the reference pages of all settings
 	@$(BIN)/rollflow config reference
 
-recipes: $(INSTALLED)   ## Train two steps of every algorithm's recipe through the real loop
-	@ROLLFLOW_RECIPES=all $(BIN)/pytest tests/flows/test_algorithm_recipes.py
+trajectories: $(INSTALLED)      ## Train 50 steps of every algorithm's recipe along its golden trajectory
+	@$(BIN)/python -m tests.trajectories.run
 
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py

@@ -17,6 +17,8 @@ from rollflow.storage.steps import read_steps
 
 MODES = ("sync", "one_step_ahead", "async")
 STEPS = 40
+ONE_CORE_EACH = ("--rollout.servers", "1", "--trainer.ranks", "1")
+"""Two servers and two ranks would share two cores: nothing could overlap."""
 ENDS = 10
 """Steps at either end whose mean rewards tell what was learned between."""
 
@@ -40,7 +42,7 @@ async def measure(console: Console) -> dict:
 async def _one(mode: str) -> dict[str, float]:
     name = f"bench-{mode.replace('_', '-')}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     words = ("--steps", str(STEPS), "--evals", "[]", "--rollout.mode", mode)
-    config = load_config(recipes()["arithmetic_cpu"], seeded(name, 0, *words))
+    config = load_config(recipes()["arithmetic_cpu"], seeded(name, 0, *words, *ONE_CORE_EACH))
     summary = await train(config)
     store = Store(config.store)
     steps = read_steps(store, summary.run)

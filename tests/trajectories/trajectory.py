@@ -1,0 +1,150 @@
+"""The way an algorithm's recipe takes from fixed weights, step by step, and the one that is kept.
+
+Everything is real (SGLang, Megatron, Ray, Prefect) and deterministic, so a way is taken again bit
+for bit on the same kind of processor. Another kind rounds differently: a few steps on, a token falls
+out differently, and the two ways only stay near each other.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollflow.flows.arguments import load_config, recipes
+from rollflow.flows.recipes import arithmetic
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.manifests import find_batch
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import open_run
+from rollflow.storage.steps import read_steps
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden.json"
+START, TEACHER = HERE / "weights/start", HERE / "weights/teacher"
+"""Fixed weights: a model that gets half of the sums right when it samples, and one that gets nearly all."""
+MODEL = arithmetic.MODEL | {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "torch_dtype": "bfloat16",
+}
+STEPS = 50
+RECIPES = [name for name in recipes() if name.startswith("arithmetic_") and name.endswith("_cpu")]
+SETTINGS = (
+    *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
+    *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
+    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
+    *("--trainer.lr_decay_style", "constant"),
+)
+HELDOUT = '{name = "heldout", loss = true, data = {path = "arithmetic/heldout.jsonl"}}'
+SUPERVISED = (
+    *("--rollout.servers", "0", "--evals", f"[{HELDOUT}]"),
+    *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
+    *("--rollout.batch_size", "128", "--rollout.n_samples_per_prompt", "1"),
+)
+EXACT_STEPS = 3
+"""So many steps agree to the last count of right answers, whatever the processor."""
+GAP = 1e-4
+REWARD_APART = 0.05
+"""Mean distance of the rewards of two ways on different processors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """What a run's steps gave, one entry each."""
+
+    algorithm: str
+    reward: list[float]
+    """Mean of the batch; for supervised training 1.0, that of the labels."""
+    loss: list[float]
+    grad_norm: list[float]
+    gap: float
+    """Largest distance between trainer's and rollout's log-probability of a token (nats)."""
+    digest: str
+    """Of the weights after the last step."""
+
+    def rise(self) -> float:
+        """How much a mean of the last fifth is above one of the first: of the reward, or -loss."""
+        values = [-x for x in self.loss] if self.algorithm == "sft" else self.reward
+        part = max(len(values) // 5, 1)
+        return statistics.fmean(values[-part:]) - statistics.fmean(values[:part])
+
+    def differences(self, golden: "Trajectory") -> list[str]:
+        """What is not as the golden trajectory has it, which may be longer."""
+        found = [
+            f"step {step}: {name} {mine:.6g}, golden {its:.6g}"
+            for name in ("reward", "loss", "grad_norm")
+            for step, (mine, its) in enumerate(
+                zip(getattr(self, name), getattr(golden, name), strict=False)
+            )
+            if step < EXACT_STEPS and abs(mine - its) > 1e-3 * abs(its) + 1e-5
+        ]
+        apart = statistics.fmean(
+            abs(a - b) for a, b in zip(self.reward, golden.reward, strict=False)
+        )
+        if apart > REWARD_APART:
+            found.append(f"rewards are {apart:.3f} apart in the mean")
+        if self.gap >= GAP:
+            found.append(f"trainer and rollout differ by {self.gap:.1e} about a token")
+        return found
+
+
+def prepare(folder: Path) -> None:
+    """Write the data; every trajectory in ``folder`` uses it."""
+    arithmetic.make(folder / "arithmetic")
+
+
+def take(folder: Path, recipe: str, steps: int, start: Path = START) -> Trajectory:
+    """Train ``steps`` steps of a recipe from the fixed weights; AssertionError where it fails."""
+    config = load_config(recipes()[recipe], ())
+    algorithm = config.algorithm.name
+    words = [*SETTINGS, "--steps", str(steps), "--model.path", str(start)]
+    words += ["--data.path", "arithmetic/train.jsonl", "--model.random_weights", "false"]
+    if algorithm == "sft":
+        words += SUPERVISED
+    if algorithm == "distill":
+        words += ["--rollout.teacher", f'{{path = "{TEACHER}"}}']
+    if algorithm == "ppo":
+        words += ["--algorithm.critic", "{lr = 2e-4, warmup_steps = 1}"]
+    command = "sft" if algorithm == "sft" else "train"
+    done = subprocess.run(
+        [sys.executable, "-m", "rollflow", command, recipe, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return _read(folder, config.name, algorithm)
+
+
+def down(folder: Path) -> None:
+    """Stop the Prefect server of ``folder``."""
+    subprocess.run([sys.executable, "-m", "rollflow", "down"], cwd=folder, timeout=100)
+
+
+def golden() -> dict[str, Trajectory]:
+    """The kept trajectories by recipe."""
+    return {name: Trajectory(**row) for name, row in json.loads(GOLDEN.read_text()).items()}
+
+
+def _read(folder: Path, name: str, algorithm: str) -> Trajectory:
+    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+    run = open_run(store, name)
+    records = read_steps(store, run)
+    batches = [find_batch(store, run, record.step) for record in records]
+
+    def column(metric: str) -> list[float]:
+        return [float(f"{r.metrics.get(metric, 0.0):.7g}") for r in records]
+
+    return Trajectory(
+        algorithm,
+        [batch.metrics["rollout/reward"] for batch in batches if batch is not None],
+        column("train/loss"),
+        column("train/grad_norm"),
+        max(column("mismatch/logprob_gap_max")),
+        records[-1].weights_digest,
+    )
