@@ -1,5 +1,6 @@
 """What a person sees while a run goes on, and the numbers that are left afterwards."""
 
+import asyncio
 import statistics
 import time
 from collections.abc import Awaitable
@@ -8,12 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from prefect.exceptions import Pause, TerminationSignal
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef, StepRef
 from rollflow.storage.steps import read_steps
+from rollflow.tasks.evaluate import stored_evaluations
 from rollflow.tasks.preflight import RunPlan
 from rollflow.tasks.report import Board, Curve, write_picture
 
@@ -52,8 +55,10 @@ class RunSummary:
 class Progress:
     """The progress bar, the TensorBoard and the clock of a run."""
 
-    def __init__(self, config: RunConfig, plan: RunPlan) -> None:
+    def __init__(self, config: RunConfig, plan: RunPlan, label: str = "") -> None:
+        """``label``: what the bar and the status file say in place of the run's name."""
         self._config, self._run = config, plan.run
+        self._label = label or config.name
         self.board = Board(Path(".rollflow/tensorboard").resolve() / config.name)
         self._step = plan.next_step
         self._evaluations: dict[int, dict[str, float]] = {}
@@ -70,7 +75,7 @@ class Progress:
         )
         self._bars = Bars(*columns, transient=False)
         self._bar = self._bars.add_task(
-            config.name, total=config.steps, completed=plan.next_step, numbers=""
+            self._label, total=config.steps, completed=plan.next_step, numbers=""
         )
 
     def __enter__(self) -> Self:
@@ -84,8 +89,13 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        failure = f"failed: {error or (kind and kind.__name__)}"
-        self.show("ended" if kind is None else failure)
+        ends = {
+            Pause: "suspended",
+            asyncio.CancelledError: "cancelled",
+            TerminationSignal: "cancelled",
+        }
+        failure = ends.get(kind, f"failed: {error or kind.__name__}") if kind else "ended"
+        self.show(failure)
         self._bars.stop()
         self.board.close()
 
@@ -108,8 +118,8 @@ class Progress:
 
     def show(self, phase: str) -> None:
         """Tell the person before the screen, and whoever reads the status file."""
-        self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
-        write_status(self._config.name, self._step, phase)
+        self._bars.update(self._bar, description=f"{self._label}: {phase}")
+        write_status(self._label, self._step, phase)
 
     def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
         """Close the step's clock; returns its metrics with the split of its seconds."""
@@ -173,10 +183,9 @@ class Progress:
                 [s.metrics["rollout/reward"] for s in steps if "rollout/reward" in s.metrics],
             )
         ]
-        for name in sorted(
-            {k for m in self._evaluations.values() for k in m if k.endswith("/reward")}
-        ):
-            points = sorted((v, m[name]) for v, m in self._evaluations.items() if name in m)
+        evaluations = stored_evaluations(self._config.store, self._run)
+        for name in sorted({k for m in evaluations.values() for k in m if k.endswith("/reward")}):
+            points = sorted((v, m[name]) for v, m in evaluations.items() if name in m)
             curves.append(Curve(name, [v for v, _ in points], [y for _, y in points]))
         return curves
 

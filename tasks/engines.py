@@ -14,10 +14,12 @@ from rollflow.engines import cluster
 from rollflow.engines.algorithms.config import resolved
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
+from rollflow.engines.null import NullRollout, NullTrainer
 from rollflow.engines.platform import Platform, detect
 from rollflow.engines.rollout.client import GenerationError
 from rollflow.engines.rollout.manager import RolloutManager
 from rollflow.engines.rollout.server import ServerError
+from rollflow.storage.refs import RunRef
 
 from .preflight import RunPlan
 from .settings import RunSettings
@@ -59,7 +61,7 @@ async def running_engines(
     ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
     first weights until :func:`restore_checkpoint`.
     """
-    ref = cluster.connect(config.cluster, plan.run.name)
+    ref = cluster.connect(config.cluster, _own_name(plan.run))
     engines = Engines(
         cluster=ref,
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
@@ -119,6 +121,9 @@ async def stop_engines(engines: Engines) -> None:
 async def _start_rollout(
     config: RunSettings, plan: RunPlan, platform: Platform, timeout_s: float
 ) -> None:
+    if config.cluster.address == cluster.NULL:
+        cluster.start_here(NullRollout, MANAGER, plan.run, config.store)
+        return
     cluster.start_actor(
         RolloutManager,
         MANAGER,
@@ -132,7 +137,7 @@ async def _start_rollout(
         dict(config.sglang),
         dict(config.router),
         platform.device,
-        str(log_folder(plan.run.name)),
+        str(log_folder(_own_name(plan.run))),
         config.cluster.colocate,
         max_concurrency=64,
     )
@@ -143,6 +148,10 @@ async def _start_trainer(
     config: RunSettings, plan: RunPlan, engines: Engines, platform: Platform, timeout_s: float
 ) -> None:
     for rank, name in enumerate(engines.ranks):
+        if config.cluster.address == cluster.NULL:
+            ranks = len(engines.ranks)
+            cluster.start_here(NullTrainer, name, rank, ranks, plan.run, config.store)
+            continue
         cluster.start_actor(
             TrainerRank,
             name,
@@ -170,6 +179,11 @@ async def restore_checkpoint(config: RunSettings, plan: RunPlan, engines: Engine
     """Bring the trainer to the plan's checkpoint; without one it keeps the first weights."""
     timeout_s = config.cluster.start_timeout_s
     await cluster.call(engines.ranks, "restore", plan.checkpoint, timeout_s=timeout_s)
+
+
+def _own_name(run: RunRef) -> str:
+    """What the engines' namespace and folder are called: an evaluation beside a training has others."""
+    return f"{run.name}-{run.writer}" if run.writer else run.name
 
 
 def log_folder(run: str) -> Path:
