@@ -127,8 +127,8 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
 
     Parameters
     ----------
-    only: parts to measure, all unless given: iteration, recovery, storage, training,
-        conversion, modes, gpu.
+    only: parts to measure, all but orchestration unless given: iteration, recovery, storage, training,
+        conversion, modes, gpu, orchestration.
     output: JSON file for the figures.
     """
     server.use_server()

@@ -67,9 +67,9 @@ def doctor() -> None:
 
 
 def deploy(
+    *presets: Path,
     pool: str = "rollflow",
     folder: Path | None = None,
-    *,
     at_once: int = 1,
     beside: int = 1,
     yaml: bool = False,
@@ -78,6 +78,7 @@ def deploy(
 
     Parameters
     ----------
+    presets: TOML files of your own, each a deployment with these settings filled in, like the recipes.
     pool: work pool; made as a process pool where there is none of that name.
     folder: folder that the runs start in; this one unless given.
     at_once: runs that train at the same time; the others queue.
@@ -94,7 +95,7 @@ def deploy(
     from .deployments import deploy as deploy_all
 
     where = Placement(pool, (folder or Path.cwd()).resolve(), at_once, beside)
-    for flow, found in names(asyncio.run(deploy_all(where))).items():
+    for flow, found in names(asyncio.run(deploy_all(where, presets))).items():
         console.print(f"{flow}: {', '.join(found)}", highlight=False)
     console.print(f"Prefect UI: {ui}; a worker: prefect worker start --pool {pool}")
 

@@ -21,6 +21,7 @@ from rollflow.engines.rollout.config import (
     check_sglang,
 )
 from rollflow.storage.config import Config, DataConfig, StoreConfig
+from rollflow.tasks.config import ReportConfig
 
 __all__ = ["SLIME_NAMES", "RunConfig", "StopConfig"]
 
@@ -87,6 +88,7 @@ class RunConfig(Config):
     stop: StopConfig | None = None
     regression: RegressionConfig | None = None
     gates: GatesConfig = GatesConfig()
+    report: ReportConfig = ReportConfig()
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
     megatron: dict[str, Any] = Field(default_factory=dict)

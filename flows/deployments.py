@@ -62,8 +62,8 @@ class Placement:
     """Runs in ``beside`` at the same time."""
 
 
-def deployments() -> list[Deployed]:
-    """Every flow with nothing preset, then the recipes."""
+def deployments(presets: Sequence[Path] = ()) -> list[Deployed]:
+    """Every flow with nothing preset, then the recipes, then settings files of one's own."""
     generic = [
         Deployed(train, GENERIC, ENGINES, "Reinforcement learning by the settings that are given."),
         Deployed(sft, GENERIC, ENGINES, "Supervised fine-tuning by the settings that are given."),
@@ -72,18 +72,19 @@ def deployments() -> list[Deployed]:
         Deployed(rescore_run, GENERIC, BESIDE, "Score the stored samples of a run again."),
         Deployed(convert, GENERIC, BESIDE, "A checkpoint from one format to another."),
     ]
-    return [*generic, *(_of_recipe(name, file) for name, file in recipes().items())]
+    files = {**recipes(), **{file.stem: file for file in presets}}
+    return [*generic, *(_of_file(name, file) for name, file in files.items())]
 
 
-def _of_recipe(name: str, file: Path) -> Deployed:
+def _of_file(name: str, file: Path) -> Deployed:
     config = load_config(file)
     supervised = config.algorithm.name == "sft"
     return Deployed(
         flow=sft if supervised else train,
         name=name,
         queue=ENGINES,
-        description=_first_comment(file) or f"The recipe `{name}`.",
-        tags=("recipe", config.algorithm.name),
+        description=_first_comment(file) or f"The settings of `{file.name}`.",
+        tags=("preset", config.algorithm.name),
         parameters={"config": config.model_dump(mode="json")},
     )
 
@@ -93,7 +94,7 @@ def _first_comment(file: Path) -> str:
     return " ".join(line.lstrip("# ") for line in lines[:1] if line.startswith("#"))
 
 
-async def deploy(placement: Placement) -> list[str]:
+async def deploy(placement: Placement, presets: Sequence[Path] = ()) -> list[str]:
     """Create or replace pool, queues, deployments and automations; the deployments' full names.
 
     A pool that stands already keeps its type and template. Schedules of a deployment stay.
@@ -101,7 +102,7 @@ async def deploy(placement: Placement) -> list[str]:
     async with get_client() as client:
         is_process = await _pool(client, placement)
         ids: dict[str, str] = {}
-        for deployed in deployments():
+        for deployed in deployments(presets):
             made = registered(deployed, placement, is_process=is_process)
             ids[deployed.full_name] = str(await made.aapply())
         await deploy_automations(client, ids[f"{evaluate_run.name}/{GENERIC}"], TAG)

@@ -21,7 +21,6 @@ from rollflow.tasks.derive import (
 from rollflow.tasks.engines import Engines, restore_checkpoint, running_engines
 from rollflow.tasks.preflight import RunPlan, find_plan
 from rollflow.tasks.recovery import from_the_log, only_writer
-from rollflow.tasks.report import report
 from rollflow.tasks.train import train_step
 
 from .arguments import build_config, overlay, stored_settings
@@ -62,7 +61,7 @@ async def replay(config: RunConfig, source: str, first: int, end: int | None) ->
             outcome = await from_the_log(
                 config, lease, lambda plan: _replay(config, found, plan, operation, progress)
             )
-            return progress.summary(outcome)
+            return await progress.finish(outcome)
 
 
 async def _replay(
@@ -98,7 +97,7 @@ async def _train_again(
     batch = replace(batch, run=run)  # its place stays where it is
     result = await progress.time("train", train_step(engines, batch))
     record = await progress.time("commit", commit_step(config.store, batch, result))
-    await report(progress.board, batch, progress.end(record, 0.0))
+    await progress.report(batch, record, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
                 await evaluate_weights(config, plan.run, engines, version, progress, always=True)
             batches = await find_evaluations(config, plan.run, version)
         tell_evaluated(plan.run, version, batches)
-        return progress.summary("evaluated")
+        return await progress.finish("evaluated")
 
 
 async def find_evaluations(config: RunConfig, run: RunRef, version: int) -> list[BatchRef]:

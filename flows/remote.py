@@ -12,7 +12,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, Flo
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Scheduled
 
 from rollflow.tasks import judging
@@ -40,13 +40,23 @@ async def submit(flow: str, config: RunConfig, at: datetime | None = None) -> Su
     """
     parameters = {"config": config.model_dump(mode="json")}
     when = at.astimezone(UTC) if at else datetime.now(UTC)
+    deployment = await _deployment(flow)
     async with get_client() as client:
-        run = await client.create_flow_run_from_deployment(
-            await _deployment(flow),
-            parameters=parameters,
-            name=config.name,
-            state=Scheduled(scheduled_time=when),
-        )
+        try:
+            run = await client.create_flow_run_from_deployment(
+                deployment,
+                parameters=parameters,
+                name=config.name,
+                state=Scheduled(scheduled_time=when),
+            )
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+            raise ValueError(
+                f"the deployment {flow}/{GENERIC} does not accept these settings: "
+                f"{error.response.json()['detail']}; if rollflow was changed since it was deployed, "
+                "`rollflow deploy` tells the server of the new settings"
+            ) from error
     return Submitted(config.name, str(run.id), f"at {when:%Y-%m-%d %H:%M:%S} UTC" if at else "now")
 
 

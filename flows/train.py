@@ -27,7 +27,7 @@ async def train(config: RunConfig) -> RunSummary:
             outcome = await from_the_log(
                 config, lease, lambda plan: _train(config, plan, operation, progress)
             )
-            return progress.summary(outcome)
+            return await progress.finish(outcome)
 
 
 @flow(name="sft", flow_run_name="{config.name}")

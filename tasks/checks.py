@@ -12,6 +12,7 @@ from rollflow.storage.config import DataConfig
 from rollflow.storage.prompts import PromptSet
 
 from .settings import RunSettings
+from .trackers import check_trackers
 
 
 def check_settings(config: RunSettings) -> None:
@@ -22,6 +23,7 @@ def check_settings(config: RunSettings) -> None:
     check_lengths(config)
     check_teacher(config)
     check_parallel(config)
+    check_trackers(config.report)
 
 
 def check_platform(config: RunSettings) -> None:
