@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference recipes trl trackers operated deploy-check mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference recipes trl trackers operated ui deploy-check mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ S3 := .venv-s3
 TRL := .trl
 TRACKERS := .trackers
 DEPLOY := .deploy
+UI := .ui
 
 help:                   ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +55,9 @@ trackers: $(TRACKERS)/.installed  ## Write to W&B and MLflow offline and read ba
 operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it must go on by itself (5 minutes)
 	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/test_operated.py
 
+ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium
+	@PYTHONPATH=$(UI) $(BIN)/pytest -W ignore tests/flows/in_browser.py
+
 deploy-check: $(DEPLOY)/.installed  ## Compare the files in deploy/ with the schemas of the tools that read them
 	@PYTHONPATH=$(DEPLOY) $(BIN)/python -m tests.deploy_check
 
@@ -70,6 +74,10 @@ $(TRACKERS)/.installed: requirements-trackers.lock $(INSTALLED)
 
 $(DEPLOY)/.installed: requirements-deploy.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(DEPLOY) -r requirements-deploy.lock; \
+	touch $@
+
+$(UI)/.installed: requirements-ui.lock $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(UI) -r requirements-ui.lock; \
 	touch $@
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
@@ -92,4 +100,4 @@ $(S3)/.installed: requirements-s3.lock
 	touch $@
 
 clean:                  ## Remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(S3) $(TRL) $(TRACKERS) $(DEPLOY) .rollflow
+	rm -rf $(VENV) $(S3) $(TRL) $(TRACKERS) $(DEPLOY) $(UI) .rollflow

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -43,13 +44,15 @@ def down() -> None:
 
 def status() -> None:
     """Show the local stack and what the runs of this folder are doing."""
-    from .show import print_status
+    from .show import print_queue, print_status
 
     keeper, local = stack.running(), server.running()
     console.print(f"Prefect server: {local.url if local else 'not running here'}", highlight=False)
     worker = f"pid {keeper.worker}" if keeper and keeper.worker else "not running here"
     console.print(f"worker:         {worker}", highlight=False)
     print_status(console)
+    if api := os.environ.get("PREFECT_API_URL") or (local.api_url if local else ""):
+        print_queue(api, console)
 
 
 def doctor() -> None:

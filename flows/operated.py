@@ -7,6 +7,7 @@ from prefect import flow
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import read_run
+from rollflow.tasks.restarts import refuse_crash_loop
 
 from .arguments import build_config, merged
 from .config import RunConfig
@@ -18,7 +19,7 @@ from .progress import RunSummary
 DEFAULT_STORE = StoreConfig()
 
 
-@flow(name="evaluate", flow_run_name="evaluate {run}")
+@flow(name="evaluate", flow_run_name="evaluate {run}", retries=2, retry_delay_seconds=10)
 async def evaluate_run(
     run: str,
     step: int | None = None,
@@ -36,6 +37,7 @@ async def evaluate_run(
         training: id of the flow run that trains: it is suspended where `regression.action` is `stop`
             and the checkpoint is worse than an earlier one.
     """
+    await refuse_crash_loop(f"evaluation of {run}")
     config = stored_config(store, run, settings)
     summary = await evaluate.fn(config, step)
     for version in summary.evaluations:
@@ -62,6 +64,7 @@ async def replay_run(
         store: where the runs are kept.
         settings: tables and settings laid over those of the run.
     """
+    await refuse_crash_loop(into)
     over = {**(settings or {}), "name": into}
     config, _ = gated(stored_config(store, run, over), run, asked="gates" in over)
     return await replay.fn(config, run, first, end)
@@ -86,6 +89,7 @@ async def rescore_run(
         end: step to end before; after the last unless given.
         store: where the runs are kept.
     """
+    await refuse_crash_loop(into)
     config = stored_config(store, run, {"name": into, "rollout": {"reward": reward}})
     return await rescore.fn(config, run, first, end)
 

@@ -16,13 +16,12 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef, StepRef
 from rollflow.storage.steps import read_steps
 from rollflow.tasks.evaluate import stored_evaluations
-from rollflow.tasks.page import Page
 from rollflow.tasks.preflight import RunPlan
-from rollflow.tasks.report import Curve, report, write_picture
-from rollflow.tasks.trackers import Trackers
+from rollflow.tasks.report import Curve, write_picture
 
 from .config import RunConfig
-from .status import write_status
+from .status import remove_status, write_status
+from .telling import Telling
 
 T = TypeVar("T")
 ENGINE_SECONDS = {
@@ -57,14 +56,12 @@ class Progress:
     """The progress bar, the TensorBoard and the clock of a run."""
 
     def __init__(self, config: RunConfig, plan: RunPlan, label: str = "") -> None:
-        """``label``: what the bar and the status file say in place of the run's name."""
+        """``label``: what the bar and the status file of an evaluation beside the training say in place
+        of the run's name."""
         self._config, self._run = config, plan.run
         self._label = label or config.name
-        self._trackers = Trackers(config.report, plan.run, config.model_dump(mode="json"))
-        self._page = Page(plan.run, config.steps, config.report.page_every_s)
-        self._keeps_page = not label
-        if self._keeps_page:
-            self._load_page(plan)
+        self._is_beside = bool(label)
+        self._telling = Telling(config, plan, beside=self._is_beside)
         self._step = plan.next_step
         self._evaluations: dict[int, dict[str, float]] = {}
         self._splits: list[dict[str, float]] = []
@@ -102,7 +99,9 @@ class Progress:
         failure = ends.get(kind, f"failed: {error or kind.__name__}") if kind else "ended"
         self.show(failure)
         self._bars.stop()
-        self._trackers.close()
+        self._telling.close()
+        if self._is_beside:
+            remove_status(self._label)
 
     def begin(self, step: int) -> None:
         """Start the clock of a step."""
@@ -155,27 +154,25 @@ class Progress:
 
     async def report(self, batch: BatchRef, record: StepRef, sync_s: float) -> None:
         """Close the step's clock and tell of the step: trackers, artifact, the run's page."""
-        metrics = self.end(record, sync_s)
-        due = self._config.report.shows(record.step, self._config.steps)
-        await report(self._trackers, self._config.store, batch, metrics, artifact=due)
-        self._page.add(record.step, metrics)
-        await self._page.update("training")
+        await self._telling.step(batch, self.end(record, sync_s))
+        await self._arrivals()
 
     async def finish(self, outcome: str) -> RunSummary:
         """The last word on the run's page, and the summary."""
-        if self._keeps_page:
-            for version, metrics in stored_evaluations(self._config.store, self._run).items():
-                self._page.evaluated(version, metrics)
-            await self._page.update(outcome, now=True)
+        await self._arrivals(now=True)
+        await self._telling.finish(outcome)
         return self.summary(outcome)
+
+    async def _arrivals(self, *, now: bool = False) -> None:
+        for version, metrics in (await self._telling.arrivals(now=now)).items():
+            self.evaluated(version, metrics)
 
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
         """Show an evaluation of the weights that were trained ``version`` steps."""
         if not metrics:
             return
-        self._evaluations[version] = metrics
-        self._trackers.write(version, metrics)
-        self._page.evaluated(version, metrics)
+        self._evaluations[version] = {**self._evaluations.get(version, {}), **metrics}
+        self._telling.evaluated(version, metrics)
         shown = "  ".join(
             f"{k.removeprefix('eval/')} {v:.3f}"
             for k, v in metrics.items()
@@ -190,19 +187,11 @@ class Progress:
             outcome=outcome,
             evaluations=self._evaluations,
             picture=write_picture(self._config.store, self._run, self._curves()),
-            tensorboard=str(self._trackers.folder),
+            tensorboard=str(self._telling.folder),
             seconds=time.perf_counter() - self._started,
             iteration_split_s=median_split(self._splits),
             logprob_gap_max=self._gap_max,
         )
-
-    def _load_page(self, plan: RunPlan) -> None:
-        """What the run did before it was gone on with."""
-        for step in read_steps(Store(self._config.store), plan.run):
-            if step.step < plan.next_step:
-                self._page.add(step.step, step.metrics)
-        for version, metrics in stored_evaluations(self._config.store, plan.run).items():
-            self._page.evaluated(version, metrics)
 
     def _curves(self) -> list[Curve]:
         steps = read_steps(Store(self._config.store), self._run)

@@ -21,7 +21,7 @@ from .progress import Progress, RunSummary
 async def train(config: RunConfig) -> RunSummary:
     """Train for ``config.steps`` steps, from wherever this run last committed."""
     plan = await preflight(config)  # every mistake shows here, before an engine starts
-    await refuse_crash_loop(config, plan.run)
+    await refuse_crash_loop(config.name, config.cluster.max_recoveries, (config.store, plan.run))
     async with only_writer(config, plan.run) as lease:
         with Progress(config, plan) as progress, operated(config) as operation:
             outcome = await from_the_log(

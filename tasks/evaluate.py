@@ -1,5 +1,7 @@
 """Evaluate the weights that the servers hold."""
 
+from collections.abc import Collection
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -19,11 +21,18 @@ async def find_evaluation(
     return find_batch(Store(store), run, version, dataset)
 
 
-def stored_evaluations(store: StoreConfig, run: RunRef) -> dict[int, dict[str, float]]:
-    """Metrics of every committed evaluation, by the number of steps that the weights were trained."""
+def stored_evaluations(
+    store: StoreConfig, run: RunRef, known: Collection[tuple[str, int]] = ()
+) -> dict[int, dict[str, float]]:
+    """Metrics of every committed evaluation, by the number of steps that the weights were trained.
+
+    Those of ``known`` datasets and versions are not read.
+    """
     opened, found = Store(store), dict[int, dict[str, float]]()
     for dataset in dataset_names(opened, run):
         for version in batch_steps(opened, run, dataset):
+            if (dataset, version) in known:
+                continue
             if batch := find_batch(opened, run, version, dataset):
                 found.setdefault(version, {}).update(batch.metrics)
     return dict(sorted(found.items()))
