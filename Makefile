@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference recipes trl trackers operated ui deploy-check mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference recipes trl trackers operated topology ui deploy-check mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,9 @@ operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it mus
 
 ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium
 	@PYTHONPATH=$(UI) $(BIN)/pytest -W ignore tests/flows/in_browser.py
+
+topology: $(INSTALLED) s3-servers  ## Start the processes of deploy/compose.yaml without containers and train
+	@$(BIN)/pytest -W ignore tests/flows/topology.py
 
 deploy-check: $(DEPLOY)/.installed  ## Compare the files in deploy/ with the schemas of the tools that read them
 	@PYTHONPATH=$(DEPLOY) $(BIN)/python -m tests.deploy_check

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,24 @@ POLL_S = 0.1
 class Stack:
     """One stack, and what a person would do with it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        """``environment`` may name a Prefect server that runs already, and the store's credentials."""
+        self.folder, self.environment = folder, dict(environment or {})
         arithmetic.make(folder / "arithmetic")
         (folder / "run.toml").write_text(CONFIG)
         self.rollflow("up")
-        self.server = json.loads((folder / ".rollflow/prefect/server.json").read_text())
-        self.api = f"{self.server['url']}/api"
+        self.api = self.environment.get("PREFECT_API_URL", "")
+        self.server: dict[str, Any] = {}
+        if not self.api:
+            self.server = json.loads((folder / ".rollflow/prefect/server.json").read_text())
+            self.api = f"{self.server['url']}/api"
+        user, _, password = self.environment.get("PREFECT_API_AUTH_STRING", "").partition(":")
+        self._auth = (user, password) if user else None
 
     def rollflow(self, *words: str) -> str:
         """Call the command in the folder; its output."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+        environment |= self.environment
         done = subprocess.run(
             [sys.executable, "-m", "rollflow", *words],
             cwd=self.folder, capture_output=True, text=True, timeout=400, env=environment,
@@ -65,7 +72,7 @@ class Stack:
 
     def post(self, path: str, **body: Any) -> Any:
         """Ask the server."""
-        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=60)
+        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=60, auth=self._auth)
         answer.raise_for_status()
         return answer.json()
 
