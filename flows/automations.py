@@ -10,6 +10,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 
 from rollflow.tasks.events import CHECKPOINT_COMMITTED, WISHES_EVALUATION
+from rollflow.tasks.pausing import SUSPENDED
 
 HEARTBEAT_S = 30
 """Seconds between two signs of life of a flow: the least that Prefect allows."""
@@ -26,6 +27,7 @@ SIGNS = {
     "prefect.flow-run.Failed",
     "prefect.flow-run.Cancelled",
     "prefect.flow-run.Suspended",
+    SUSPENDED,
 }
 """What a flow that lives, or has ended in order, is heard of by."""
 

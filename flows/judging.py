@@ -1,5 +1,7 @@
 """A checkpoint's evaluation beside those of the ones before it."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from uuid import UUID
 
 from rollflow.storage.refs import RunRef
@@ -7,42 +9,59 @@ from rollflow.tasks.evaluate import stored_evaluations
 from rollflow.tasks.events import tell_regression
 from rollflow.tasks.judging import show_evaluations, suspend, warn
 
-from .config import RunConfig
+from .config import RegressionConfig, RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """A checkpoint that is worse than one before it."""
+
+    metric: str
+    value: float
+    best: float
+    """Of the weights that were trained ``best_version`` steps."""
+    best_version: int
+    action: str
 
 
 async def judge(config: RunConfig, run: RunRef, version: int, training: str) -> None:
     """Show all evaluations of the run; where this one is a regression, say so and act on it.
-
-    Compared is with the best of lower versions, whatever order they came in: a late evaluation
-    speaks for its own version and is never compared with weights that were trained longer.
 
     Args:
         training: id of the flow run that trains; empty where nothing is to be suspended.
     """
     evaluations = stored_evaluations(config.store, run)
     await show_evaluations(run, evaluations)
-    gate = config.regression
-    if gate is None or gate.metric not in evaluations.get(version, {}):
+    if config.regression is None:
         return
-    value = evaluations[version][gate.metric]
-    before = {v: m[gate.metric] for v, m in evaluations.items() if v < version and gate.metric in m}
-    if not before:
+    found = regression(config.regression, evaluations, version)
+    if found is None:
         return
+    tell_regression(run, version, asdict(found))
+    back = f"rollflow fork {run.name} --step {found.best_version - 1} --into NEW"
+    text = (
+        f"{run.name}: {found.metric} is {found.value:.4f} after {version} steps and was "
+        f"{found.best:.4f} after {found.best_version}; to go back: {back}"
+    )
+    warn(text)
+    if found.action == "stop" and training:
+        await suspend(UUID(training), text)
+
+
+def regression(
+    gate: RegressionConfig, evaluations: Mapping[int, Mapping[str, float]], version: int
+) -> Regression | None:
+    """Whether the weights of ``version`` are worse than the best of lower versions.
+
+    A late evaluation speaks for its own version and is never compared with weights that were trained
+    longer; version 0, the first weights, is no checkpoint that one could go back to.
+    """
+    values = {v: m[gate.metric] for v, m in evaluations.items() if gate.metric in m}
+    before = {v: x for v, x in values.items() if 0 < v < version}
+    if version not in values or not before:
+        return None
     pick = min if gate.lower_is_better else max
     best = pick(before, key=lambda v: before[v])
-    if not gate.worse(value, before[best]):
-        return
-    facts = {
-        "metric": gate.metric,
-        "value": value,
-        "best": before[best],
-        "best_version": best,
-        "action": gate.action,
-    }
-    tell_regression(run, version, facts)
-    warn(
-        f"{run.name}: {gate.metric} is {value:.4f} after {version} steps and was {before[best]:.4f} "
-        f"after {best}; to go back: rollflow fork {run.name} --step {best - 1} --into NEW"
-    )
-    if gate.action == "stop" and training:
-        await suspend(UUID(training), f"{gate.metric} fell to {value:.4f} after {version} steps")
+    if not gate.worse(values[version], before[best]):
+        return None
+    return Regression(gate.metric, values[version], before[best], best, gate.action)

@@ -8,6 +8,7 @@ from rollflow.tasks.pausing import StepBoundary, pausing_between_steps
 from rollflow.tasks.preflight import RunPlan
 
 from .config import RunConfig
+from .terminal import outlive_the_reader
 
 TOLD = {"evals", "regression", "cluster"}
 """Tables that an evaluation beside the run takes from it as it is now, not as it was created."""
@@ -45,6 +46,8 @@ class Operation:
 
 @contextmanager
 def operated(config: RunConfig) -> Iterator[Operation]:
-    """A run that a person may suspend; it stops between two steps, with its engines."""
+    """A run that a person may suspend; it stops between two steps, with its engines, and it outlives the
+    worker that started it."""
+    outlive_the_reader()
     with pausing_between_steps() as boundary:
         yield Operation(config, boundary)
