@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference trajectories trl mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference trajectories trl trackers operated topology ui deploy-check mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 S3 := .venv-s3
 TRL := .trl
+TRACKERS := .trackers
+DEPLOY := .deploy
+UI := .ui
 
 help:                   ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -46,11 +49,38 @@ trajectories: $(INSTALLED)      ## Train 50 steps of every algorithm's recipe al
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
 	@PYTHONPATH=$(TRL) $(BIN)/pytest -W ignore tests/engines/algorithms/against_trl.py
 
+trackers: $(TRACKERS)/.installed  ## Write to W&B and MLflow offline and read back what they have
+	@PYTHONPATH=$(TRACKERS) $(BIN)/pytest -W ignore tests/tasks/trackers_offline.py
+
+operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it must go on by itself (5 minutes)
+	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/test_operated.py
+
+ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium
+	@PYTHONPATH=$(UI) $(BIN)/pytest -W ignore tests/flows/in_browser.py
+
+topology: $(INSTALLED) s3-servers  ## Start the processes of deploy/compose.yaml without containers and train
+	@$(BIN)/pytest -W ignore tests/flows/topology.py
+
+deploy-check: $(DEPLOY)/.installed  ## Compare the files in deploy/ with the schemas of the tools that read them
+	@PYTHONPATH=$(DEPLOY) $(BIN)/python -m tests.deploy_check
+
 mutants: $(INSTALLED)   ## Break the algorithms in 89 ways; a test must notice each (3 minutes)
 	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL) -r requirements-trl.lock; \
+	touch $@
+
+$(TRACKERS)/.installed: requirements-trackers.lock $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRACKERS) -r requirements-trackers.lock; \
+	touch $@
+
+$(DEPLOY)/.installed: requirements-deploy.lock $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(DEPLOY) -r requirements-deploy.lock; \
+	touch $@
+
+$(UI)/.installed: requirements-ui.lock $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(UI) -r requirements-ui.lock; \
 	touch $@
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
@@ -73,4 +103,4 @@ $(S3)/.installed: requirements-s3.lock
 	touch $@
 
 clean:                  ## Remove the environment and everything that runs wrote here
-	rm -rf $(VENV) $(S3) $(TRL) .rollflow
+	rm -rf $(VENV) $(S3) $(TRL) $(TRACKERS) $(DEPLOY) $(UI) .rollflow

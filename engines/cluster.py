@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,12 @@ OBJECT_STORE_BYTES = 128 << 20
 """Batches travel through the run's store, so Ray's own object store can be small."""
 CULPRIT_S = 3.0
 """After one actor failed: how long others may take to fail too, so that the first cause is named."""
+
+
+NULL = "null"
+"""Address of no cluster: actors are plain objects in this process."""
+_here: dict[str, Any] = {}
+"""Those objects by name; empty while Ray is connected."""
 
 
 class DeadlineError(RuntimeError):
@@ -53,6 +59,9 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     """
     if ray.is_initialized():
         ray.shutdown()
+    _here.clear()
+    if config.address == NULL:
+        return ClusterRef(NULL, namespace, "")
     if config.address != "local":
         ray.init(
             address=config.address,
@@ -95,9 +104,17 @@ def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
 
 def disconnect(ref: ClusterRef) -> None:
     """Leave Ray; a private one is stopped and its folder removed."""
+    _here.clear()
+    if ref.address == NULL:
+        return
     ray.shutdown()
     if ref.temp_dir:
         shutil.rmtree(ref.temp_dir, ignore_errors=True)
+
+
+def start_here(cls: type, name: str, *args: object) -> None:
+    """Make the named actor a plain object of this process, for engines that compute nothing."""
+    _here[name] = cls(*args)
 
 
 def start_actor(cls: type, name: str, *args: object, gpus: float = 0, **options: Any) -> None:
@@ -130,10 +147,7 @@ async def call(
         EngineDiedError: names an actor whose process is gone.
     """
     names = [names] if isinstance(names, str) else list(names)
-    pending = {
-        asyncio.ensure_future(_answer(getattr(find_actor(n), method).remote(*args))): n
-        for n in names
-    }
+    pending = {asyncio.ensure_future(_begun(n, method, args)): n for n in names}
     try:
         done, late = await asyncio.wait(
             pending, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
@@ -154,6 +168,12 @@ async def call(
     return [future.result() for future in pending]
 
 
+def _begun(name: str, method: str, args: tuple[object, ...]) -> Coroutine[Any, Any, Any]:
+    if name in _here:
+        return asyncio.to_thread(getattr(_here[name], method), *args)
+    return _answer(getattr(find_actor(name), method).remote(*args))
+
+
 async def _answer(reference: Any) -> Any:
     return await reference
 
@@ -171,6 +191,8 @@ def _named(error: BaseException, name: str, method: str) -> BaseException:
 def kill_actors(names: Sequence[str]) -> None:
     """End the named actors that still live; those that are gone already are fine."""
     for name in names:
+        if _here.pop(name, None) is not None or not ray.is_initialized():
+            continue
         try:
             ray.kill(ray.get_actor(name), no_restart=True)
         except ValueError:

@@ -38,7 +38,8 @@ class ClusterConfig(Config):
     """The Ray cluster. By default a private one on loopback, which ends with the run."""
 
     address: str = "local"
-    """``local``, or the address of a running cluster (``host:6379``, ``auto``)."""
+    """``local``, or the address of a running cluster (``host:6379``, ``auto``); ``null`` for engines
+    that compute nothing, to try out and measure what is around them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     colocate: bool = False
     """One GPU holds a trainer rank and a server. The server gives its memory back while the rank

@@ -88,6 +88,16 @@ def overlay(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with another tree laid over it, table by table; what is no table is replaced."""
+    result = _copy(tree)
+    for key, value in over.items():
+        standing = result.get(key)
+        both = isinstance(standing, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(standing, value) if both else value
+    return result
+
+
 def value_of(path: Sequence[str], values: Sequence[str]) -> Any:
     """What the words after a setting's name are as its value; none are ``true``, for a switch.
 

@@ -13,7 +13,16 @@ from rich.text import Text
 
 from rollflow.storage.integrity import ManifestError
 
-from . import cli_buffer, cli_config, cli_convert, cli_derive, cli_hooks, cli_look, server
+from . import (
+    cli_buffer,
+    cli_config,
+    cli_convert,
+    cli_derive,
+    cli_hooks,
+    cli_look,
+    cli_operate,
+    server,
+)
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ app = App(
 )
 cli_look.register(app)
 cli_derive.register(app)
+cli_operate.register(app)
 app.command(cli_hooks.app)
 app.command(cli_buffer.app)
 app.command(cli_convert.convert)
@@ -117,8 +127,8 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
 
     Parameters
     ----------
-    only: parts to measure, all unless given: iteration, recovery, storage, training,
-        conversion, modes, gpu.
+    only: parts to measure, all but orchestration unless given: iteration, recovery, storage, training,
+        conversion, modes, gpu, orchestration.
     output: JSON file for the figures.
     """
     server.use_server()
@@ -131,13 +141,23 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
 def resume(run: str, *words: Words, store: StoreUrl = DEFAULT_STORE) -> None:
     """Continue a run from its log, with the settings that it was started with.
 
+    A flow run of it that was suspended goes on by its worker; else it goes on here.
+
     Parameters
     ----------
     run: name of the run.
     """
     from .arguments import build_config, overlay, stored_settings
 
-    _run_flow("train", build_config(overlay(stored_settings(store, run), words)))
+    settings = stored_settings(store, run)
+    if not words:
+        server.use_server()
+        from . import remote
+
+        if suspended := asyncio.run(remote.resume(run)):
+            console.print(f"{run}: flow run {suspended.id} goes on by its worker")
+            return
+    _run_flow("train", build_config(overlay(settings, words)))
 
 
 @app.command
@@ -158,26 +178,6 @@ def audit(run: str, store: StoreUrl = DEFAULT_STORE, recompute: bool = False) ->
         findings += asyncio.run(recompute_stored(store, run, console))
     if findings:
         sys.exit(1)
-
-
-@app.command
-def status() -> None:
-    """Show what the runs of this folder are doing."""
-    from .show import print_status
-
-    print_status(console)
-
-
-@app.command
-def up() -> None:
-    """Start the local Prefect server, unless one runs or PREFECT_API_URL names another."""
-    console.print(f"Prefect UI: {server.use_server()}")
-
-
-@app.command
-def down() -> None:
-    """Stop the local Prefect server."""
-    console.print("stopped" if server.stop() else "no local Prefect server runs")
 
 
 def _run(

@@ -1,6 +1,6 @@
 """RunConfig: everything that decides a run, composed from the settings of each layer."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from rollflow.engines.rollout.config import (
     check_sglang,
 )
 from rollflow.storage.config import Config, DataConfig, StoreConfig
+from rollflow.tasks.config import ReportConfig
 
 __all__ = ["SLIME_NAMES", "RunConfig", "StopConfig"]
 
@@ -49,6 +50,25 @@ class StopConfig(Config):
         return self.at_most is not None and value <= self.at_most
 
 
+class RegressionConfig(Config):
+    """What happens when a checkpoint is worse than the best one before it (``checkpoint.evaluate``)."""
+
+    metric: str
+    """Slash name of an evaluation metric, e.g. ``eval/heldout/reward``."""
+    tolerance: float = Field(ge=0)
+    """How much worse than the best it may be."""
+    lower_is_better: bool = False
+    """For a loss."""
+    action: Literal["alert", "stop"] = "alert"
+    """``alert``: an event and a warning; ``stop`` also suspends the training after its current step.
+    Nothing is lost: resume it, or fork a run from the best checkpoint, which both name."""
+
+    def worse(self, value: float, best: float) -> bool:
+        """Whether ``value`` is worse than ``best`` by more than the tolerance."""
+        loss = value - best if self.lower_is_better else best - value
+        return loss > self.tolerance
+
+
 class RunConfig(Config):
     """One training run. Tables named after Megatron, SGLang and the router go to them unchanged."""
 
@@ -66,7 +86,9 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: list[EvalConfig] = Field(default_factory=list)
     stop: StopConfig | None = None
+    regression: RegressionConfig | None = None
     gates: GatesConfig = GatesConfig()
+    report: ReportConfig = ReportConfig()
     store: StoreConfig = StoreConfig()
     cluster: ClusterConfig = ClusterConfig()
     megatron: dict[str, Any] = Field(default_factory=dict)
@@ -132,9 +154,25 @@ class RunConfig(Config):
         names = [e.name for e in self.evals]
         if twice := {n for n in names if names.count(n) > 1}:
             raise ValueError(f"evals: name {sorted(twice)[0]!r} is used twice; names are folders")
-        if self.stop and self.stop.metric.split("/")[1:2] not in [[n] for n in names]:
+        for field, wanted in (("stop", self.stop), ("regression", self.regression)):
+            if wanted and wanted.metric.split("/")[1:2] not in [[n] for n in names]:
+                raise ValueError(
+                    f"{field}.metric = {wanted.metric!r} belongs to no dataset of evals; "
+                    "write eval/<name of a dataset>/reward"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_can_be_evaluated(self) -> "RunConfig":
+        if self.checkpoint.evaluate and not (self.evals and self.checkpoint.hf):
             raise ValueError(
-                f"stop.metric = {self.stop.metric!r} belongs to no dataset of evals; "
-                "write eval/<name of a dataset>/reward"
+                f"checkpoint.evaluate = true with {len(self.evals)} datasets in evals and "
+                f"checkpoint.hf = {str(self.checkpoint.hf).lower()}; give a dataset, and hf = true: "
+                "the evaluation starts from the Hugging Face weights"
+            )
+        if self.regression and not self.checkpoint.evaluate:
+            raise ValueError(
+                "regression is set but checkpoint.evaluate = false: nothing would compare the "
+                "checkpoints; set it to true, or leave regression out"
             )
         return self

@@ -21,11 +21,11 @@ from rollflow.tasks.derive import (
 from rollflow.tasks.engines import Engines, restore_checkpoint, running_engines
 from rollflow.tasks.preflight import RunPlan, find_plan
 from rollflow.tasks.recovery import from_the_log, only_writer
-from rollflow.tasks.report import report
 from rollflow.tasks.train import train_step
 
 from .arguments import build_config, overlay, stored_settings
 from .config import RunConfig
+from .operation import Operation, operated
 from .progress import Progress, RunSummary
 from .train import train
 
@@ -57,17 +57,21 @@ async def replay(config: RunConfig, source: str, first: int, end: int | None) ->
     run = await derive_run(config, replay_origin(config.store, source, first))
     plan = find_plan(config, run)
     async with only_writer(config, run) as lease:
-        with Progress(config, plan) as progress:
+        with Progress(config, plan) as progress, operated(config) as operation:
             outcome = await from_the_log(
-                config, lease, lambda plan: _replay(config, found, plan, progress)
+                config, lease, lambda plan: _replay(config, found, plan, operation, progress)
             )
-            return progress.summary(outcome)
+            return await progress.finish(outcome)
 
 
-async def _replay(config: RunConfig, source: Source, plan: RunPlan, progress: Progress) -> str:
+async def _replay(
+    config: RunConfig, source: Source, plan: RunPlan, operation: Operation, progress: Progress
+) -> str:
     batches = [b for b in source.batches if b.step >= plan.next_step]
     if not batches:
         return "finished already"
+    operation.begin(plan)
+    await operation.between_steps()
     progress.show("start engines")
     async with running_engines(config, plan, rollout=False) as engines:
         await progress.time("load checkpoint", restore_checkpoint(config, plan, engines))
@@ -80,6 +84,9 @@ async def _replay(config: RunConfig, source: Source, plan: RunPlan, progress: Pr
                     engines, config.checkpoint, config.store, plan.run, batch.step, last=last
                 )
                 await progress.time("checkpoint", save)
+                await operation.saving(batch.step)
+            if not last:
+                await operation.between_steps()
     return "finished"
 
 
@@ -90,7 +97,7 @@ async def _train_again(
     batch = replace(batch, run=run)  # its place stays where it is
     result = await progress.time("train", train_step(engines, batch))
     record = await progress.time("commit", commit_step(config.store, batch, result))
-    await report(progress.board, batch, progress.end(record, 0.0))
+    await progress.report(batch, record, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +160,12 @@ def replay_config(
     gates that compare them are off then, unless the words set them.
     """
     config = derived_config(store, source, name, words)
+    return gated(config, source, asked=bool(overlay({}, words).get("gates")))
+
+
+def gated(config: RunConfig, source: str, *, asked: bool) -> tuple[RunConfig, dict[str, str]]:
+    """The settings of a replay with gates that suit them, and what differs from ``source``."""
     changed = differences(config, source)
-    asked = overlay({}, words).get("gates", {})
     if changed and not asked:
         gates = config.gates.model_copy(update=dict.fromkeys(GATES, NO_GATE))
         config = config.model_copy(update={"gates": gates})

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from prefect import flow
 
-from rollflow.storage.refs import BatchRef, RunRef
+from rollflow.storage.refs import BatchRef, RunRef, evaluator
 from rollflow.tasks.checkpoint import checkpoint_weights
 from rollflow.tasks.engines import Engines, running_engines
 from rollflow.tasks.evaluate import evaluate_dataset, find_evaluation
+from rollflow.tasks.events import tell_evaluated
 from rollflow.tasks.preflight import preflight
-from rollflow.tasks.recovery import only_writer
 
 from .config import RunConfig
 from .progress import Progress, RunSummary
@@ -31,13 +31,24 @@ async def evaluate(config: RunConfig, step: int | None = None) -> RunSummary:
         trainer = config.trainer.model_copy(update={"load": "", "ref_load": ""})
         config = config.model_copy(update={"model": model, "trainer": trainer})
     version = weights.step + 1 if weights else 0
-    async with only_writer(config, plan.run) as lease:
-        plan = replace(plan, run=lease.run)
-        with Progress(config, plan) as progress:
+    plan = replace(plan, run=evaluator(plan.run))  # no lease: a training may go on meanwhile
+    with Progress(config, plan, f"{config.name}@{version}") as progress:
+        batches = await find_evaluations(config, plan.run, version)
+        if len(batches) == len(config.evals):
+            progress.evaluated(version, {k: v for b in batches for k, v in b.metrics.items()})
+        else:
             # The weights are the model that the engines start with, the trainer's too.
             async with running_engines(config, plan, train=wants_trainer) as engines:
                 await evaluate_weights(config, plan.run, engines, version, progress, always=True)
-            return progress.summary("evaluated")
+            batches = await find_evaluations(config, plan.run, version)
+        tell_evaluated(plan.run, version, batches)
+        return await progress.finish("evaluated")
+
+
+async def find_evaluations(config: RunConfig, run: RunRef, version: int) -> list[BatchRef]:
+    """What the store holds of the evaluation of one version, by the datasets of ``config.evals``."""
+    found = [await find_evaluation(config.store, run, d.name, version) for d in config.evals]
+    return [batch for batch in found if batch]
 
 
 async def evaluate_weights(

@@ -2,7 +2,7 @@
 
 from rollflow.tasks.commit import commit_step
 from rollflow.tasks.engines import Engines
-from rollflow.tasks.report import report
+from rollflow.tasks.grain import told
 from rollflow.tasks.train import train_step
 
 from .config import RunConfig
@@ -16,9 +16,9 @@ async def iteration(
     """Train step ``step``: on the batch that the log holds, or on a new one."""
     progress.begin(step)
     time = progress.time
-    batch = await production.batch(step)  # commit point A
-    result = await time("train", train_step(engines, batch))
-    sync_s = await production.sync(step + 1)
-    record = await time("commit", commit_step(config.store, batch, result))  # commit point B
-    metrics = progress.end(record, sync_s)
-    await report(progress.board, batch, metrics)
+    with told(config.report.tells(step, config.steps)):
+        batch = await production.batch(step)  # commit point A
+        result = await time("train", train_step(engines, batch))
+        sync_s = await production.sync(step + 1)
+        record = await time("commit", commit_step(config.store, batch, result))  # commit point B
+        await progress.report(batch, record, sync_s)

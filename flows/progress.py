@@ -1,24 +1,27 @@
 """What a person sees while a run goes on, and the numbers that are left afterwards."""
 
+import asyncio
 import statistics
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from prefect.exceptions import Pause, TerminationSignal
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from rollflow.storage.objects import Store
-from rollflow.storage.refs import RunRef, StepRef
+from rollflow.storage.refs import BatchRef, RunRef, StepRef
 from rollflow.storage.steps import read_steps
+from rollflow.tasks.evaluate import stored_evaluations
 from rollflow.tasks.preflight import RunPlan
-from rollflow.tasks.report import Board, Curve, write_picture
+from rollflow.tasks.report import Curve, write_picture
 
 from .config import RunConfig
-from .status import write_status
+from .status import remove_status, write_status
+from .telling import Telling
 
 T = TypeVar("T")
 ENGINE_SECONDS = {
@@ -52,9 +55,13 @@ class RunSummary:
 class Progress:
     """The progress bar, the TensorBoard and the clock of a run."""
 
-    def __init__(self, config: RunConfig, plan: RunPlan) -> None:
+    def __init__(self, config: RunConfig, plan: RunPlan, label: str = "") -> None:
+        """``label``: what the bar and the status file of an evaluation beside the training say in place
+        of the run's name."""
         self._config, self._run = config, plan.run
-        self.board = Board(Path(".rollflow/tensorboard").resolve() / config.name)
+        self._label = label or config.name
+        self._is_beside = bool(label)
+        self._telling = Telling(config, plan, beside=self._is_beside)
         self._step = plan.next_step
         self._evaluations: dict[int, dict[str, float]] = {}
         self._splits: list[dict[str, float]] = []
@@ -70,7 +77,7 @@ class Progress:
         )
         self._bars = Bars(*columns, transient=False)
         self._bar = self._bars.add_task(
-            config.name, total=config.steps, completed=plan.next_step, numbers=""
+            self._label, total=config.steps, completed=plan.next_step, numbers=""
         )
 
     def __enter__(self) -> Self:
@@ -84,10 +91,17 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        failure = f"failed: {error or (kind and kind.__name__)}"
-        self.show("ended" if kind is None else failure)
+        ends = {
+            Pause: "suspended",
+            asyncio.CancelledError: "cancelled",
+            TerminationSignal: "cancelled",
+        }
+        failure = ends.get(kind, f"failed: {error or kind.__name__}") if kind else "ended"
+        self.show(failure)
         self._bars.stop()
-        self.board.close()
+        self._telling.close()
+        if self._is_beside:
+            remove_status(self._label)
 
     def begin(self, step: int) -> None:
         """Start the clock of a step."""
@@ -108,8 +122,8 @@ class Progress:
 
     def show(self, phase: str) -> None:
         """Tell the person before the screen, and whoever reads the status file."""
-        self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
-        write_status(self._config.name, self._step, phase)
+        self._bars.update(self._bar, description=f"{self._label}: {phase}")
+        write_status(self._label, self._step, phase)
 
     def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
         """Close the step's clock; returns its metrics with the split of its seconds."""
@@ -138,12 +152,27 @@ class Progress:
             "perf/orchestration_s": split["orchestration"],
         }
 
+    async def report(self, batch: BatchRef, record: StepRef, sync_s: float) -> None:
+        """Close the step's clock and tell of the step: trackers, artifact, the run's page."""
+        await self._telling.step(batch, self.end(record, sync_s))
+        await self._arrivals()
+
+    async def finish(self, outcome: str) -> RunSummary:
+        """The last word on the run's page, and the summary."""
+        await self._arrivals(now=True)
+        await self._telling.finish(outcome)
+        return self.summary(outcome)
+
+    async def _arrivals(self, *, now: bool = False) -> None:
+        for version, metrics in (await self._telling.arrivals(now=now)).items():
+            self.evaluated(version, metrics)
+
     def evaluated(self, version: int, metrics: dict[str, float]) -> None:
         """Show an evaluation of the weights that were trained ``version`` steps."""
         if not metrics:
             return
-        self._evaluations[version] = metrics
-        self.board.write(version, metrics)
+        self._evaluations[version] = {**self._evaluations.get(version, {}), **metrics}
+        self._telling.evaluated(version, metrics)
         shown = "  ".join(
             f"{k.removeprefix('eval/')} {v:.3f}"
             for k, v in metrics.items()
@@ -158,7 +187,7 @@ class Progress:
             outcome=outcome,
             evaluations=self._evaluations,
             picture=write_picture(self._config.store, self._run, self._curves()),
-            tensorboard=str(self.board.folder),
+            tensorboard=str(self._telling.folder),
             seconds=time.perf_counter() - self._started,
             iteration_split_s=median_split(self._splits),
             logprob_gap_max=self._gap_max,
@@ -173,10 +202,9 @@ class Progress:
                 [s.metrics["rollout/reward"] for s in steps if "rollout/reward" in s.metrics],
             )
         ]
-        for name in sorted(
-            {k for m in self._evaluations.values() for k in m if k.endswith("/reward")}
-        ):
-            points = sorted((v, m[name]) for v, m in self._evaluations.items() if name in m)
+        evaluations = stored_evaluations(self._config.store, self._run)
+        for name in sorted({k for m in evaluations.values() for k in m if k.endswith("/reward")}):
+            points = sorted((v, m[name]) for v, m in evaluations.items() if name in m)
             curves.append(Curve(name, [v for v, _ in points], [y for _, y in points]))
         return curves
 

@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
 from rollflow.storage.samples import Sample
 
-from .status import read_statuses
+from .status import read_statuses, server_lines
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -167,6 +168,19 @@ def print_status(console: Console) -> None:
             str(status.pid) if status.alive else "gone",
         )
     console.print(table)
+
+
+def print_queue(api_url: str, console: Console) -> None:
+    """What runs, waits or is suspended on the Prefect server."""
+    try:
+        rows = server_lines(api_url)
+    except httpx.HTTPError as error:
+        console.print(f"the Prefect server at {api_url} does not answer: {error}", highlight=False)
+        return
+    table = Table("flow run", "of", "state", box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table if rows else "no flow run by a deployment runs or waits")
 
 
 def print_summary(config: "RunConfig", summary: "RunSummary", ui: str, console: Console) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 
 FOLDER = Path(".rollflow/status")
@@ -37,12 +38,35 @@ def write_status(run: str, step: int, phase: str) -> None:
     temporary.replace(folder / f"{run}.json")
 
 
+def remove_status(run: str) -> None:
+    """Forget what is over and has no successor: an evaluation beside a training."""
+    (FOLDER / f"{run}.json").unlink(missing_ok=True)
+
+
 def read_status(run: str) -> Status | None:
     """The status of one run of the working folder; None where no flow of it ever ran here."""
     try:
         return Status(**json.loads((FOLDER / f"{run}.json").read_text()))
     except FileNotFoundError:
         return None
+
+
+def server_lines(api_url: str) -> list[tuple[str, str, str]]:
+    """Flow runs of ours that have not ended, on a Prefect server: name, flow's tag and state.
+
+    Asks the server directly, without Prefect's slow import. httpx.HTTPError where it does not answer.
+    """
+    states = {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}
+    chosen = {"tags": {"all_": ["rollflow"]}, "state": states}
+    asked = {"flow_runs": chosen, "sort": "EXPECTED_START_TIME_ASC", "limit": 50}
+    user, _, password = os.environ.get("PREFECT_API_AUTH_STRING", "").partition(":")
+    auth = (user, password) if user else None
+    answer = httpx.post(f"{api_url}/flow_runs/filter", json=asked, timeout=10.0, auth=auth)
+    answer.raise_for_status()
+    return [
+        (run["name"], " ".join(t for t in run["tags"] if t != "rollflow"), run["state_name"])
+        for run in answer.json()
+    ]
 
 
 def read_statuses() -> list[Status]:

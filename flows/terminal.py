@@ -1,6 +1,8 @@
 """What the modules of the command line share: where they print, and the names of their options."""
 
-from typing import Annotated
+import sys
+from contextlib import suppress
+from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -20,6 +22,39 @@ Words = Annotated[
         help="Settings laid over the file: --rollout-batch-size 64, --sglang-mem-fraction-static 0.5, --router-policy round_robin, --tensor-model-parallel-size 2.",
     ),
 ]
+
+
+class Unbreakable:
+    """A text stream that goes on when nobody reads it any more.
+
+    A worker reads what its flows print. When it is killed their next word would be a BrokenPipeError,
+    which must not end a training.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with suppress(BrokenPipeError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_the_reader() -> None:
+    """Let this process print into pipes whose reader may die."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Unbreakable) and not stream.isatty():
+            setattr(sys, name, Unbreakable(stream))
 
 
 def opened(store_url: str, run: str) -> tuple[Store, RunRef]:

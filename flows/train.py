@@ -6,11 +6,13 @@ from rollflow.tasks.checkpoint import save_checkpoint
 from rollflow.tasks.engines import restore_checkpoint, running_engines
 from rollflow.tasks.preflight import RunPlan, preflight
 from rollflow.tasks.recovery import from_the_log, only_writer
+from rollflow.tasks.restarts import refuse_crash_loop
 from rollflow.tasks.sync import sync_weights
 
 from .config import RunConfig
 from .evaluate import evaluate_weights
 from .iteration import iteration
+from .operation import Operation, operated
 from .production import Production
 from .progress import Progress, RunSummary
 
@@ -19,10 +21,13 @@ from .progress import Progress, RunSummary
 async def train(config: RunConfig) -> RunSummary:
     """Train for ``config.steps`` steps, from wherever this run last committed."""
     plan = await preflight(config)  # every mistake shows here, before an engine starts
+    await refuse_crash_loop(config.name, config.cluster.max_recoveries, (config.store, plan.run))
     async with only_writer(config, plan.run) as lease:
-        with Progress(config, plan) as progress:
-            outcome = await from_the_log(config, lease, lambda plan: _train(config, plan, progress))
-            return progress.summary(outcome)
+        with Progress(config, plan) as progress, operated(config) as operation:
+            outcome = await from_the_log(
+                config, lease, lambda plan: _train(config, plan, operation, progress)
+            )
+            return await progress.finish(outcome)
 
 
 @flow(name="sft", flow_run_name="{config.name}")
@@ -35,8 +40,10 @@ async def sft(config: RunConfig) -> RunSummary:
     return await train.fn(config)
 
 
-async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
+async def _train(config: RunConfig, plan: RunPlan, operation: Operation, progress: Progress) -> str:
     """Train from ``plan`` to the end; how it ended."""
+    operation.begin(plan)
+    await operation.between_steps()
     if plan.next_step >= config.steps:
         trained = f"{plan.next_step} steps are trained, steps = {config.steps}"
         return f"finished already ({trained}; a larger one goes on)"
@@ -59,6 +66,8 @@ async def _train(config: RunConfig, plan: RunPlan, progress: Progress) -> str:
                             engines, config.checkpoint, config.store, plan.run, step, last=last
                         ),
                     )
+                    await operation.saving(step)
                 if last:
                     break
+                await operation.between_steps()
         return "stopped early" if good_enough else "finished"

@@ -220,8 +220,11 @@ def kept(lease: Lease) -> Iterator[Lease]:
         lease.release()
 
 
-def check_fence(store: Store, run: RunRef) -> None:
+def check_fence(store: Store, run: RunRef, *, evaluation: bool = False) -> None:
     """Refuse a writer whose epoch is over: to be called right before every write.
+
+    A writer without a lease (``refs.evaluator``) passes where it writes an ``evaluation``, and is
+    refused by a LeaseLostError anywhere else.
 
     LeaseLostError where another epoch is the newest (it names who has that), and where the
     writer's own was released or has expired. A run that nobody ever leased is open to epoch 0.
@@ -230,6 +233,10 @@ def check_fence(store: Store, run: RunRef) -> None:
     wakes. That does no harm: parts and checkpoint files of an epoch have names of their own, and
     of the records that end a transaction only the first is accepted, which is whole.
     """
+    if run.writer:
+        if evaluation:
+            return
+        raise LeaseLostError(run.name, 0, f"{run.writer!r} holds no lease and may only evaluate")
     newest = newest_epoch(store, run)
     if not newest and not run.epoch:
         return

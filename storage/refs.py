@@ -1,6 +1,7 @@
 """Names of stored things, small enough to pass through any scheduler. Pass refs, not data."""
 
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +13,17 @@ class RunRef:
     """fsspec URL of the run's prefix, no slash at the end."""
     epoch: int = field(default=0, compare=False)
     """Fencing epoch of the writer, from ``Lease.run``; 0: no lease was ever taken."""
+    writer: str = field(default="", compare=False)
+    """Name of a writer that holds no lease, from ``evaluator``; it may commit evaluations, no more."""
+
+
+def evaluator(run: RunRef) -> RunRef:
+    """The run, for a writer of evaluations alone: it needs no lease, so training may go on.
+
+    What it writes has a name of its own, and of two evaluations of the same weights on the same
+    dataset the first that is committed stands.
+    """
+    return replace(run, epoch=0, writer=secrets.token_hex(4))
 
 
 @dataclass(frozen=True, slots=True)

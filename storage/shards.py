@@ -15,8 +15,8 @@ from .schema import SCHEMA, to_table, upgraded
 
 MANIFEST = "manifest.json"
 """Name of the object that makes a folder exist."""
-PART_NAME = re.compile(r"part-(\d{4,})-(\d{5,})\.arrow")
-"""Names of parts: fencing epoch of the writer, then its number."""
+PART_NAME = re.compile(r"part-(\d{4,}|x[0-9a-f]{8})-(\d{5,})\.arrow")
+"""Names of parts: the writer's fencing epoch, or ``x`` and its name where it has none; its number."""
 
 _SEAL = b"rollflow.sha256"
 _BLANK = b"0" * 64
@@ -45,11 +45,14 @@ class ShardWriter:
         self._run = run
         self.folder = store.join(folder)
         self._parts: list[Part] = []
-        check_fence(store, run)
+        self._is_evaluation = self.folder.startswith(store.join(run.url, "evals") + "/")
+        self._writer = f"x{run.writer}" if run.writer else f"{run.epoch:04d}"
+        check_fence(store, run, evaluation=self._is_evaluation)
         if store.exists(manifest := store.join(self.folder, MANIFEST)):
             raise ManifestError(manifest, "no such object", "a committed batch")
         store.sweep(self.folder)
-        numbers = [n for epoch, n in map(_place, part_names(store, folder)) if epoch == run.epoch]
+        names = filter(None, map(PART_NAME.fullmatch, part_names(store, folder)))
+        numbers = [int(name[2]) for name in names if name[1] == self._writer]
         self._number = max(numbers, default=-1) + 1
 
     @property
@@ -63,14 +66,14 @@ class ShardWriter:
         LeaseLostError where this writer's epoch is over.
         """
         data = encode(to_table(samples))
-        name = f"part-{self._run.epoch:04d}-{self._number:05d}.arrow"
+        name = f"part-{self._writer}-{self._number:05d}.arrow"
         url = self._store.join(self.folder, name)
-        check_fence(self._store, self._run)
+        check_fence(self._store, self._run, evaluation=self._is_evaluation)
         try:
             self._store.put_new(url, data)
         except FileExistsError as error:
             if self._store.get(url) != data:  # else only the answer to our put got lost
-                found = f"one of another writer of epoch {self._run.epoch}"
+                found = f"one of another writer {self._writer}"
                 raise ManifestError(url, "no part of that name", found) from error
         part = Part(name, len(samples), len(data), sha256_hex(data))
         self._parts.append(part)
@@ -152,4 +155,5 @@ def _reseal(data: bytes, old: bytes, new: bytes) -> bytes:
 def _place(name: str) -> tuple[int, int]:
     found = PART_NAME.fullmatch(name)
     assert found
-    return int(found[1]), int(found[2])
+    epoch = -1 if found[1].startswith("x") else int(found[1])
+    return epoch, int(found[2])

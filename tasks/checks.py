@@ -14,6 +14,7 @@ from rollflow.storage.config import DataConfig
 from rollflow.storage.prompts import PromptSet
 
 from .settings import RunSettings
+from .trackers import check_trackers
 
 
 def check_settings(config: RunSettings) -> None:
@@ -26,6 +27,7 @@ def check_settings(config: RunSettings) -> None:
     check_parallel(config)
     check_experts(config, detect(config.cluster.device))
     check_router_replay(config)
+    check_trackers(config.report)
 
 
 def check_platform(config: RunSettings) -> None:

@@ -15,11 +15,13 @@ from rollflow.engines import cluster, placement
 from rollflow.engines.algorithms.config import resolved
 from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
+from rollflow.engines.null import NullRollout, NullTrainer
 from rollflow.engines.platform import Platform, detect
 from rollflow.engines.rollout.client import GenerationError
 from rollflow.engines.rollout.experts import SWITCH
 from rollflow.engines.rollout.manager import RolloutManager
 from rollflow.engines.rollout.server import ServerError
+from rollflow.storage.refs import RunRef
 
 from .preflight import RunPlan
 from .settings import RunSettings
@@ -61,7 +63,7 @@ async def running_engines(
     ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
     first weights until :func:`restore_checkpoint`.
     """
-    ref = cluster.connect(config.cluster, plan.run.name)
+    ref = cluster.connect(config.cluster, _own_name(plan.run))
     engines = Engines(
         cluster=ref,
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
@@ -83,6 +85,9 @@ async def running_engines(
 @task(name="start engines", cache_policy=NO_CACHE)
 async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
     """Start trainer and rollout side by side, or one after the other where they share a GPU."""
+    if config.cluster.address == cluster.NULL:
+        _start_null(config, plan, engines)
+        return
     platform = detect(config.cluster.device)
     timeout_s = config.cluster.start_timeout_s
     group = None
@@ -122,10 +127,18 @@ async def stop_engines(engines: Engines) -> None:
     finally:
         try:
             cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
-            if engines.ranks:
+            if engines.ranks and engines.cluster.address != cluster.NULL:
                 placement.release()
         finally:
             cluster.disconnect(engines.cluster)
+
+
+def _start_null(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
+    if engines.manager:
+        cluster.start_here(NullRollout, engines.manager, plan.run, config.store)
+    for rank, name in enumerate(engines.ranks):
+        ranks = len(engines.ranks)
+        cluster.start_here(NullTrainer, name, rank, ranks, plan.run, config.store)
 
 
 async def _start_rollout(
@@ -150,7 +163,7 @@ async def _start_rollout(
         {**config.sglang, **({SWITCH: True} if config.trainer.router_replay else {})},
         dict(config.router),
         platform.device,
-        str(log_folder(plan.run.name)),
+        str(log_folder(_own_name(plan.run))),
         config.cluster.colocate,
         max_concurrency=64,
         scheduling_strategy=place,
@@ -195,6 +208,11 @@ async def restore_checkpoint(config: RunSettings, plan: RunPlan, engines: Engine
     """Bring the trainer to the plan's checkpoint; without one it keeps the first weights."""
     timeout_s = config.cluster.start_timeout_s
     await cluster.call(engines.ranks, "restore", plan.checkpoint, timeout_s=timeout_s)
+
+
+def _own_name(run: RunRef) -> str:
+    """What the engines' namespace and folder are called: an evaluation beside a training has others."""
+    return f"{run.name}-{run.writer}" if run.writer else run.name
 
 
 def log_folder(run: str) -> Path:

@@ -1,15 +1,13 @@
 """Generate a step's groups with the current weights."""
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from rollflow.engines import cluster
 from rollflow.storage.refs import GroupsRef
 
 from .engines import Engines
+from .grain import step_task
 
 
-@task(name="generate", cache_policy=NO_CACHE)
+@step_task("generate")
 async def generate(engines: Engines, step: int, version: int) -> GroupsRef:
     """Sample and score the step's groups; writing of finished ones goes on meanwhile.
 

@@ -33,7 +33,17 @@ PACKAGES = (
     "prefect",
     "pyarrow",
 )
-MAY_CHANGE = ("steps", "cluster", "checkpoint", "store", "evals", "stop", "gates")
+MAY_CHANGE = (
+    "steps",
+    "cluster",
+    "checkpoint",
+    "store",
+    "evals",
+    "stop",
+    "gates",
+    "regression",
+    "report",
+)
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
 LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL}
 """Settings, by table, of how the model is spread over ranks: they may differ too, for they change

@@ -1,24 +1,30 @@
-"""Show what a step did: TensorBoard scalars, a Prefect artifact, a picture of the reward."""
+"""Show what a step did: scalars to the trackers, an artifact in Prefect, a picture of the reward."""
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 
 import httpx
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from prefect import get_run_logger, task
-from prefect.artifacts import acreate_table_artifact
-from prefect.cache_policies import NO_CACHE
-from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from prefect import get_run_logger
+from prefect.artifacts import acreate_markdown_artifact
 
 from rollflow.storage.config import StoreConfig
+from rollflow.storage.glance import Glance, Transcript, glance
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef
+
+from .grain import step_task
+from .trackers import Trackers
+
+BINS = 10
+BAR = 30
+"""Characters of the longest bar of the histogram."""
+SHOWN = 1500
+"""Characters of a prompt or response that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +36,86 @@ class Curve:
     values: Sequence[float]
 
 
-@task(name="report", cache_policy=NO_CACHE)
-async def report(board: "Board", batch: BatchRef, metrics: Mapping[str, float]) -> None:
-    """Write the step's scalars to TensorBoard and a table with a link to its shards to Prefect."""
-    board.write(batch.step, metrics)
+@step_task("report")
+async def report(
+    trackers: Trackers,
+    store: StoreConfig,
+    batch: BatchRef,
+    metrics: Mapping[str, float],
+    *,
+    artifact: bool,
+) -> None:
+    """Give the step's scalars to the trackers, and to Prefect an ``artifact`` of the step if asked to."""
+    await asyncio.to_thread(trackers.write, batch.step, metrics)
+    if not artifact:
+        return
+    seen = await asyncio.to_thread(glance, Store(store), batch)
     try:
-        await _artifact(batch, metrics)
+        await acreate_markdown_artifact(
+            key=artifact_key(batch.run.name, "iteration"),
+            markdown=iteration_page(batch, metrics, seen),
+            description=f"Run `{batch.run.name}`, step {batch.step}",
+        )
     except httpx.HTTPError as error:  # a picture of the step is not worth the step
         get_run_logger().warning("no artifact for step %d: %r", batch.step, error)
 
 
-async def _artifact(batch: BatchRef, metrics: Mapping[str, float]) -> None:
-    await acreate_table_artifact(
-        key=artifact_key(batch.run.name, "iteration"),
-        table=[
-            {"metric": name, "value": f"{value:.6g}"} for name, value in sorted(metrics.items())
-        ],
-        description=f"Run `{batch.run.name}`, step {batch.step}. Samples: `{batch.url}`",
+def iteration_page(batch: BatchRef, metrics: Mapping[str, float], seen: Glance) -> str:
+    """One step as Markdown: metrics, histogram of the rewards, best, median and worst answer."""
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items()))
+    parts = [
+        f"# {batch.run.name}, step {batch.step}",
+        f"{batch.rows} samples in {batch.groups} groups: `{batch.url}`",
+        f"    rollflow rollouts show {batch.run.name} --step {batch.step}",
+        "## Rewards",
+        f"```\n{histogram(seen.rewards)}\n```",
+        *([f"{seen.failed} samples failed and have no reward."] if seen.failed else []),
+    ]
+    for word, found in (("Best", seen.best), ("Median", seen.median), ("Worst", seen.worst)):
+        if found:
+            parts += [f"## {word}: reward {found.reward:.6g}", _transcript(batch, found)]
+    return "\n\n".join([*parts, f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}"])
+
+
+def histogram(values: Sequence[float], bins: int = BINS) -> str:
+    """Counts as bars of text, one line a bin: its lower end, its count; one bin for equal values."""
+    if not values:
+        return "no sample has a reward"
+    low, high = min(values), max(values)
+    if low == high:
+        return f"{low:10.4g}  {'█' * BAR} {len(values)}"
+    counts = [0] * bins
+    for value in values:
+        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+    lines: list[str] = []
+    for number, count in enumerate(counts):
+        bar = "█" * round(BAR * count / max(counts)) or ("▏" if count else "")
+        lines.append(f"{low + (high - low) * number / bins:10.4g}  {bar} {count}")
+    return "\n".join(lines)
+
+
+def _transcript(batch: BatchRef, found: Transcript) -> str:
+    fence = "`" * max(3, _longest_fence(found.prompt), _longest_fence(found.response))
+    label = f", label `{_one_line(found.label)}`" if found.label else ""
+    return (
+        f"`{found.sample_id}`, {found.status}{label}\n\n"
+        f"{fence}\n{_cut(found.prompt)}\n{fence}\n\n{fence}\n{_cut(found.response)}\n{fence}\n\n"
+        f"    rollflow rollouts show {batch.run.name} --sample {found.sample_id}"
     )
 
 
-class Board:
-    """TensorBoard scalars of one run, written under ``.rollflow/tensorboard/<run>``.
+def _longest_fence(text: str) -> int:
+    return 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0)
 
-    Scalars have slash names. ``rollout/``, ``train/``, ``perf/`` and ``mismatch/`` are counted by
-    step, ``eval/`` by the number of steps that the weights were trained.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer = EventFileWriter(str(folder))
+def _cut(text: str) -> str:
+    return (
+        text if len(text) <= SHOWN else f"{text[:SHOWN]}\n... {len(text) - SHOWN} characters more"
+    )
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one event with all ``metrics`` at ``step``."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.add_event(Event(step=step, summary=Summary(value=values)))
 
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._writer.close()
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("`", "'")[:80]
 
 
 def write_picture(store: StoreConfig, run: RunRef, curves: Sequence[Curve]) -> str:

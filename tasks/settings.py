@@ -9,6 +9,8 @@ from rollflow.engines.megatron.config import CheckpointConfig, GatesConfig, Trai
 from rollflow.engines.rollout.config import EvalConfig, HooksConfig, RolloutConfig
 from rollflow.storage.config import DataConfig, StoreConfig
 
+from .config import ReportConfig
+
 
 class RunSettings(Protocol):
     """The parts of a run's settings, each a class of the layer that reads it."""
@@ -37,6 +39,8 @@ class RunSettings(Protocol):
     def evals(self) -> Sequence[EvalConfig]: ...
     @property
     def gates(self) -> GatesConfig: ...
+    @property
+    def report(self) -> ReportConfig: ...
     @property
     def store(self) -> StoreConfig: ...
     @property

@@ -1,14 +1,14 @@
 """Bring the trainer's weights to the rollout servers."""
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from rollflow.engines import cluster
 
 from .engines import Engines
+from .grain import step_task
 
 
-@task(name="sync weights", cache_policy=NO_CACHE)
+@step_task("sync weights")
 async def sync_weights(engines: Engines, version: int) -> float:
     """Push the weights under ``version``; each server's checksum and version are compared.
 

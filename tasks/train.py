@@ -2,17 +2,15 @@
 
 from dataclasses import replace
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from rollflow.engines import cluster
 from rollflow.engines.megatron.actor import TrainResult
 from rollflow.storage.refs import BatchRef
 
 from .engines import Engines
+from .grain import step_task
 
 
-@task(name="train step", cache_policy=NO_CACHE)
+@step_task("train step")
 async def train_step(engines: Engines, batch: BatchRef) -> TrainResult:
     """Every rank reads its share of the batch from the store and takes part in the update.
 

@@ -1,8 +1,5 @@
 """Commit point A: a step's batch becomes part of the log."""
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from rollflow.engines import cluster
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.manifests import find_batch as find_stored
@@ -10,15 +7,16 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
 
 from .engines import Engines
+from .grain import step_task
 
 
-@task(name="find batch", cache_policy=NO_CACHE)
+@step_task("find batch")
 async def find_batch(store: StoreConfig, run: RunRef, step: int) -> BatchRef | None:
     """The batch committed for this step, if there is one: then nothing is generated again."""
     return find_stored(Store(store), run, step)
 
 
-@task(name="write batch", cache_policy=NO_CACHE)
+@step_task("write batch")
 async def write_batch(engines: Engines, groups: GroupsRef) -> BatchRef:
     """Write the last shard, then the manifest."""
     [batch] = await cluster.call(engines.manager, "write", groups, timeout_s=engines.timeout_s)

@@ -74,6 +74,10 @@ class CheckpointConfig(Config):
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints after each so many steps stay for good, whatever ``keep_last`` says; 0: none."""
 
+    evaluate: bool = False
+    """Each checkpoint is evaluated on the datasets of ``evals`` by a flow run of its own, with engines of
+    its own, while training goes on: an automation that ``rollflow deploy`` creates starts it."""
+
     def expired(self, steps: Sequence[int]) -> list[int]:
         """Which of the checkpoints after these steps (the last step trained, counted from 0) go."""
         if not self.keep_last:

@@ -19,6 +19,7 @@ from rollflow.engines.hooks import HookKind, load_hook, set_arguments
 from rollflow.engines.platform import Device
 from rollflow.storage.buffer import stored_state
 from rollflow.storage.config import DataConfig, StoreConfig
+from rollflow.storage.integrity import ManifestError
 from rollflow.storage.manifests import find_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
@@ -227,7 +228,13 @@ class RolloutManager:
         if done is not None:
             return done
         evaluation = self._evaluation(name, step, policy_version)
-        return await self._alone((name, step), evaluation)
+        try:
+            return await self._alone((name, step), evaluation)
+        except ManifestError:  # an evaluation beside the training may have been faster
+            done = await asyncio.to_thread(find_batch, self._store, self._run, step, name)
+            if done is None:
+                raise
+            return done
 
     async def pause(self) -> None:
         """Hold every server between two tokens, e.g. while weights change under long requests."""

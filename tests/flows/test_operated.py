@@ -1,0 +1,134 @@
+"""Runs that a worker does for a Prefect server, with engines that compute nothing.
+
+Everything else is real: server, worker, flow processes, store, leases, automations. The claims about
+killed processes take minutes and run by ``make operated``.
+"""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+
+from rollflow.storage.checkpoints import checkpoint_steps
+from rollflow.storage.lease import check_free
+from rollflow.storage.manifests import batch_steps, find_batch
+from rollflow.storage.steps import step_numbers
+
+from .operated import Stack
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+KILLS = os.environ.get("ROLLFLOW_OPERATED") == "all"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    stack = Stack(tmp_path_factory.mktemp("operated"))
+    words = ("--checkpoint.every", "20", "--checkpoint.evaluate", "true", "--name", "a")
+    stack.rollflow("submit", "run.toml", *words)
+    yield stack
+    print(stack.rollflow("down"))
+
+
+def test_a_run_that_was_submitted_is_trained_by_the_worker(stack):
+    stack.wait("step 3", lambda: stack.status("a")["step"] >= 3)
+    assert stack.state("a") == "Running"
+
+
+def test_a_second_run_waits_for_the_cluster(stack):
+    stack.rollflow("submit", "run.toml", "--name", "b", "--steps", "3")
+    assert stack.state("b") in ("Scheduled", "Late")
+
+
+def test_a_suspended_run_ends_between_two_steps_and_gives_back_its_lease(stack):
+    stack.wait("the first checkpoint", lambda: stack.status("a")["step"] >= 21)
+    stack.rollflow("pause", "a")
+    stack.wait("the end of the flow", lambda: stack.status("a")["phase"] == "suspended")
+    stack.wait("its process", lambda: not psutil.pid_exists(stack.status("a")["pid"]))
+    store, run = stack.stored("a")
+    assert step_numbers(store, run) == batch_steps(store, run)  # no step was left half done
+    check_free(store, run)  # raises where it is held
+    assert stack.state("a") == "Suspended"
+
+
+def test_the_run_that_waited_has_the_cluster_while_the_first_is_suspended(stack):
+    stack.wait("run b", lambda: stack.state("b") == "Completed")
+    assert len(step_numbers(*stack.stored("b"))) == 3
+
+
+def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
+    stack.wait("the evaluation", lambda: find_batch(*stack.stored("a"), 20, "heldout"))
+    stack.wait("its flow run", lambda: stack.state("evaluate a") == "Completed")
+    [evaluation] = [r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == 19]
+    assert evaluation["parameters"]["run"] == "a"
+    assert evaluation["created_by"]["type"] == "AUTOMATION"
+    assert "step-000019" in stack.artifact("a-evaluations")
+
+
+def test_a_suspended_run_goes_on_where_it_stopped_when_it_is_resumed(stack):
+    before = len(step_numbers(*stack.stored("a")))
+    digest = find_batch(*stack.stored("a"), before - 1).digest
+    stack.rollflow("resume", "a")
+    stack.wait("new steps", lambda: len(step_numbers(*stack.stored("a"))) > before + 3)
+    assert find_batch(*stack.stored("a"), before - 1).digest == digest
+    [flow_run] = stack.flow_runs("a")
+    assert flow_run["state_name"] == "Running"
+
+
+def test_an_iteration_shows_its_numbers_its_rewards_and_three_transcripts(stack):
+    page = stack.artifact("a-iteration")
+    for part in ("## Rewards", "## Best", "## Median", "## Worst", "rollout/reward", "train/loss"):
+        assert part in page
+    assert "data:image/png;base64," in stack.artifact("a-run")
+
+
+def test_a_cancelled_run_ends_in_order_and_keeps_what_it_committed(stack):
+    pid = stack.status("a")["pid"]
+    stack.rollflow("cancel", "a")
+    stack.wait("cancellation", lambda: stack.state("a") == "Cancelled")
+    stack.wait("the end of the process", lambda: not psutil.pid_exists(pid))
+    assert stack.status("a")["phase"] == "cancelled"
+    store, run = stack.stored("a")
+    check_free(store, run)
+    assert checkpoint_steps(store, run)
+
+
+@pytest.mark.skipif(not KILLS, reason="minutes: make operated")
+class TestKills:
+    """Nobody does anything; the seconds until the next committed step are printed."""
+
+    @pytest.fixture(scope="class")
+    def running(self, stack):
+        stack.rollflow("submit", "run.toml", "--name", "k")
+        stack.wait("step 3", lambda: stack.status("k")["step"] >= 3)
+        yield stack
+        stack.rollflow("cancel", "k")
+
+    def goes_on(self, stack, what, deadline_s=300.0):
+        steps = len(step_numbers(*stack.stored("k")))
+        more = lambda: len(step_numbers(*stack.stored("k"))) > steps + 2  # noqa: E731
+        print(f"{what}: {stack.wait(what, more, deadline_s):.1f} s")
+
+    def test_the_flow(self, running):
+        os.kill(running.status("k")["pid"], signal.SIGKILL)
+        self.goes_on(running, "SIGKILL of the flow")
+
+    def test_the_worker(self, running):
+        os.kill(self.worker(running), signal.SIGKILL)
+        self.goes_on(running, "SIGKILL of the worker")
+
+    def test_the_server(self, running):
+        os.kill(running.server["pid"], signal.SIGKILL)
+        self.goes_on(running, "SIGKILL of the Prefect server")
+
+    def test_worker_and_flow_at_once(self, running):
+        stack = running
+        stack.wait("a worker", lambda: psutil.pid_exists(self.worker(stack)))
+        pids = self.worker(stack), stack.status("k")["pid"]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        self.goes_on(stack, "SIGKILL of worker and flow at once")
+
+    def worker(self, stack):
+        return json.loads((stack.folder / ".rollflow/prefect/stack.json").read_text())["worker"]
