@@ -1,4 +1,4 @@
-"""``make trajectories``: 50 steps of every algorithm's recipe, against the ways that are kept."""
+"""``make trajectories``: 50 steps of every algorithm's recipe, beginning along the ways that are kept."""
 
 import argparse
 import json

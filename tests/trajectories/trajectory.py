@@ -9,6 +9,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,10 @@ SETTINGS = (
     *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
     *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
-    *("--trainer.lr_decay_style", "constant"),
+    *("--trainer.lr_decay_style", "constant", "--trainer.lr_decay_steps", "1000"),
 )
-HELDOUT = '{name = "heldout", loss = true, data = {path = "arithmetic/heldout.jsonl"}}'
 SUPERVISED = (
-    *("--rollout.servers", "0", "--evals", f"[{HELDOUT}]"),
+    *("--rollout.servers", "0"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
     *("--rollout.batch_size", "128", "--rollout.n_samples_per_prompt", "1"),
 )
@@ -97,19 +97,27 @@ def prepare(folder: Path) -> None:
     arithmetic.make(folder / "arithmetic")
 
 
-def take(folder: Path, recipe: str, steps: int, start: Path = START) -> Trajectory:
-    """Train ``steps`` steps of a recipe from the fixed weights; AssertionError where it fails."""
-    config = load_config(recipes()[recipe], ())
-    algorithm = config.algorithm.name
-    words = [*SETTINGS, "--steps", str(steps), "--model.path", str(start)]
-    words += ["--data.path", "arithmetic/train.jsonl", "--model.random_weights", "false"]
+def words_of(recipe: str, data: str = "arithmetic") -> list[str]:
+    """What is laid over a recipe's settings for its trajectory; ``data``: the folder of the data."""
+    algorithm = load_config(recipes()[recipe], ()).algorithm.name
+    words = [*SETTINGS, "--model.path", str(START), "--model.random_weights", "false"]
+    words += ["--data.path", f"{data}/train.jsonl"]
     if algorithm == "sft":
-        words += SUPERVISED
+        heldout = f'{{name = "heldout", loss = true, data = {{path = "{data}/heldout.jsonl"}}}}'
+        words += [*SUPERVISED, "--evals", f"[{heldout}]"]
     if algorithm == "distill":
         words += ["--rollout.teacher", f'{{path = "{TEACHER}"}}']
     if algorithm == "ppo":
         words += ["--algorithm.critic", "{lr = 2e-4, warmup_steps = 1}"]
+    return words
+
+
+def take(folder: Path, recipe: str, steps: int) -> Trajectory:
+    """Train ``steps`` steps of a recipe from the fixed weights; AssertionError where it fails."""
+    config = load_config(recipes()[recipe], ())
+    algorithm = config.algorithm.name
     command = "sft" if algorithm == "sft" else "train"
+    words = [*words_of(recipe), "--steps", str(steps)]
     done = subprocess.run(
         [sys.executable, "-m", "rollflow", command, recipe, *words],
         cwd=folder,
@@ -118,7 +126,37 @@ def take(folder: Path, recipe: str, steps: int, start: Path = START) -> Trajecto
         timeout=1200,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return _read(folder, config.name, algorithm)
+    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+    run = open_run(store, config.name)
+    records = read_steps(store, run)
+    batches = [find_batch(store, run, record.step) for record in records]
+    return trajectory(
+        algorithm,
+        [batch.metrics for batch in batches if batch is not None],
+        [record.metrics for record in records],
+        records[-1].weights_digest,
+    )
+
+
+def trajectory(
+    algorithm: str,
+    generated: Sequence[Mapping[str, float]],
+    trained: Sequence[Mapping[str, float]],
+    digest: str,
+) -> Trajectory:
+    """Of the metrics of each step's batch and of its training."""
+
+    def column(metric: str) -> list[float]:
+        return [float(f"{metrics.get(metric, 0.0):.7g}") for metrics in trained]
+
+    return Trajectory(
+        algorithm,
+        [metrics["rollout/reward"] for metrics in generated],
+        column("train/loss"),
+        column("train/grad_norm"),
+        max(column("mismatch/logprob_gap_max")),
+        digest,
+    )
 
 
 def down(folder: Path) -> None:
@@ -129,22 +167,3 @@ def down(folder: Path) -> None:
 def golden() -> dict[str, Trajectory]:
     """The kept trajectories by recipe."""
     return {name: Trajectory(**row) for name, row in json.loads(GOLDEN.read_text()).items()}
-
-
-def _read(folder: Path, name: str, algorithm: str) -> Trajectory:
-    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
-    run = open_run(store, name)
-    records = read_steps(store, run)
-    batches = [find_batch(store, run, record.step) for record in records]
-
-    def column(metric: str) -> list[float]:
-        return [float(f"{r.metrics.get(metric, 0.0):.7g}") for r in records]
-
-    return Trajectory(
-        algorithm,
-        [batch.metrics["rollout/reward"] for batch in batches if batch is not None],
-        column("train/loss"),
-        column("train/grad_norm"),
-        max(column("mismatch/logprob_gap_max")),
-        records[-1].weights_digest,
-    )
