@@ -13,6 +13,7 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.manifests import find_batch, read_batch
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
+from rollflow.storage.shards import part_names
 from rollflow.storage.steps import read_step, read_step_records, read_steps
 from tests.chaos.harness import left_behind
 
@@ -189,10 +190,17 @@ def test_a_finished_run_trains_nothing_and_says_so(folder):
     assert "finished already (4 steps are trained, steps = 4;" in told
 
 
-def test_a_checkpoint_can_be_evaluated_without_a_trainer(folder):
-    assert "eval/heldout/reward" in rollflow(
-        folder, "evaluate", "run.toml", "--steps", "4", "--step", "1"
-    )
+def test_a_checkpoint_can_be_evaluated_without_a_trainer_and_without_the_lease(folder, stored):
+    (folder / "later.toml").write_text(CONFIG.replace('name = "heldout"', 'name = "later"'))
+    words = ("--steps", "4", "--step", "1")
+    assert "eval/later/reward" in rollflow(folder, "evaluate", "later.toml", *words)
+    store, run = stored
+    batch = find_batch(store, run, 2, "later")
+    assert batch is not None
+    assert batch.rows == 20
+    assert all(name.startswith("part-x") for name in part_names(store, batch.url))
+    again = rollflow(folder, "evaluate", "later.toml", *words)  # read, not repeated
+    assert "eval/later/reward" in again
 
 
 def test_a_run_is_not_continued_with_other_settings(folder):
