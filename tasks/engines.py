@@ -65,7 +65,7 @@ async def running_engines(
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
         manager=MANAGER if rollout else "",
         timeout_s=config.trainer.step_timeout_s,
-        has_servers=rollout and config.rollout.servers > 0,
+        has_servers=rollout and config.rollout.generates,
         take_turns=config.cluster.colocate and train and rollout and config.rollout.servers > 0,
     )
     try:
@@ -112,7 +112,8 @@ async def stop_engines(engines: Engines) -> None:
     except (cluster.EngineDiedError, cluster.DeadlineError) as error:
         get_run_logger().warning("while stopping: %s", error)
     finally:
-        cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
+        order = [cluster.ORDER] if len(engines.ranks) > 1 else []
+        cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks, *order])
         cluster.disconnect(engines.cluster)
 
 
@@ -136,12 +137,16 @@ async def _start_rollout(
         config.cluster.colocate,
         max_concurrency=64,
     )
-    await cluster.call(MANAGER, "start", timeout_s=timeout_s)
+    [info] = await cluster.call(MANAGER, "start", timeout_s=timeout_s)
+    for notice in info.notices:
+        get_run_logger().warning(notice)
 
 
 async def _start_trainer(
     config: RunSettings, plan: RunPlan, engines: Engines, platform: Platform, timeout_s: float
 ) -> None:
+    if len(engines.ranks) > 1:
+        cluster.start_order()
     for rank, name in enumerate(engines.ranks):
         cluster.start_actor(
             TrainerRank,

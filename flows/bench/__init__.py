@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-PARTS = ("iteration", "recovery", "storage", "training", "conversion", "modes", "gpu")
+PARTS = ("iteration", "recovery", "storage", "training", "conversion", "modes", "tail", "gpu")
 """Modules of this folder, in the order in which they run."""
 TOP = "iteration"
 """The part whose facts stand at the top of the file; the others have a key of their own."""
