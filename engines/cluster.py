@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from .config import ClusterConfig
 from .platform import detect, one_thread_env
 
+ORDER = "order"
+"""Name of the actor that hands out calls to several actors at once."""
 OBJECT_STORE_BYTES = 128 << 20
 """Batches travel through the run's store, so Ray's own object store can be small."""
 CULPRIT_S = 3.0
@@ -137,17 +139,52 @@ def find_actor(name: str) -> Any:
         raise EngineDiedError(f"engine {name!r} is not running") from error
 
 
+class Order:
+    """Hands each call to all of several actors before the next: the same order on every one.
+
+    Calls of one process reach each actor in the order in which it made them. Where several
+    processes call the ranks of one model directly, two ranks may see two calls in different
+    orders, and each then waits in its collectives for the other. Through one such actor none can.
+    """
+
+    async def hand_out(self, actors: Sequence[Any], method: str, args: Sequence[Any]) -> list[Any]:
+        """Call ``method`` on each; references to the answers, in the order of ``actors``."""
+        return [getattr(actor, method).remote(*args) for actor in actors]
+
+
+def start_order() -> None:
+    """Start the actor through which :func:`call` reaches several actors of this namespace."""
+    start_actor(Order, ORDER)
+
+
+async def hand_out(order: Any, actors: Sequence[Any], method: str, *args: object) -> list[Any]:
+    """References to the answers of ``method`` on each actor, called through ``order``.
+
+    Without one they are called directly; a single actor needs none.
+    """
+    if order is None:
+        return [getattr(actor, method).remote(*args) for actor in actors]
+    return await order.hand_out.remote(list(actors), method, args)
+
+
 async def call(
     names: str | Sequence[str], method: str, *args: object, timeout_s: float
 ) -> list[Any]:
     """Call ``method`` on each named actor at once and wait for all answers, in the order of names.
+
+    Several actors are called through the :class:`Order` of this namespace.
 
     Raises:
         DeadlineError: names the actors that had not answered after ``timeout_s`` seconds.
         EngineDiedError: names an actor whose process is gone.
     """
     names = [names] if isinstance(names, str) else list(names)
-    pending = {asyncio.ensure_future(_begun(n, method, args)): n for n in names}
+    if all(name in _here for name in names):
+        answers = [asyncio.to_thread(getattr(_here[name], method), *args) for name in names]
+    else:
+        references = await _called(names, method, args, timeout_s)
+        answers = [_answer(reference) for reference in references]
+    pending = {asyncio.ensure_future(a): n for a, n in zip(answers, names, strict=True)}
     try:
         done, late = await asyncio.wait(
             pending, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
@@ -168,10 +205,18 @@ async def call(
     return [future.result() for future in pending]
 
 
-def _begun(name: str, method: str, args: tuple[object, ...]) -> Coroutine[Any, Any, Any]:
-    if name in _here:
-        return asyncio.to_thread(getattr(_here[name], method), *args)
-    return _answer(getattr(find_actor(name), method).remote(*args))
+async def _called(
+    names: Sequence[str], method: str, args: Sequence[object], timeout_s: float
+) -> list[Any]:
+    actors = [find_actor(name) for name in names]
+    order = find_actor(ORDER) if len(names) > 1 else None
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await hand_out(order, actors, method, *args)
+    except TimeoutError:
+        raise DeadlineError(f"waited {timeout_s:.0f} s for {ORDER}: no answer") from None
+    except RayActorError as error:
+        raise _named(error, ORDER, method) from error
 
 
 async def _answer(reference: Any) -> Any:

@@ -28,6 +28,7 @@ import httpx
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .published import Publication
     from .weights_on_gpu import GpuTally
 
 Named = tuple[str, "Tensor"]
@@ -89,10 +90,12 @@ def push(
     timeout_s: float,
     transport: Transport | None = None,
     counted: Tally | GpuTally | None = None,
+    publication: Publication | None = None,
 ) -> PushResult:
     """Bring weights to each server under ``version`` and verify what each holds then.
 
-    ``counted``: the tally of these weights, where it is known already.
+    ``counted``: the tally of these weights, where it is known already. ``publication``: written
+    meanwhile, for servers that load files.
 
     Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
     silent is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
@@ -103,7 +106,9 @@ def push(
     """
     started = time.perf_counter()
     transport = transport or mapped_file
-    tally, named = (counted, named) if counted else tally_for(named, for_servers=bool(urls))
+    for_servers = bool(urls) or publication is not None
+    tally, named = (counted, named) if counted else tally_for(named, for_servers=for_servers)
+    named = publication.passing(named) if publication else named
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         # Servers speak plain HTTP; a context without authorities spares reading all of them.
@@ -135,6 +140,8 @@ def push(
                 count()
         checksums = tally.server_checksums()
         each(lambda client, version: verify(client, checksums, version), version)
+    if publication is not None:
+        publication.finish(tally.digest(), checksums)
     return PushResult(
         version=version,
         digest=tally.digest(),
@@ -262,8 +269,8 @@ def padded(name: str, tensor: Tensor, multiples: Mapping[str, tuple[int, int]] =
     return tensor
 
 
-def verify(client: httpx.Client, checksums: Mapping[str, str], version: int) -> None:
-    """The server holds exactly the weights of ``checksums`` and says ``version``.
+def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
+    """The server holds exactly the weights of ``checksums`` and calls them ``version``.
 
     Raises:
         WeightMismatchError: it does not, or answers with an error.

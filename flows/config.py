@@ -17,6 +17,7 @@ from rollflow.engines.rollout.config import (
     EvalConfig,
     HooksConfig,
     RolloutConfig,
+    check_policies,
     check_router,
     check_sglang,
 )
@@ -119,6 +120,7 @@ class RunConfig(Config):
         check_megatron(self.megatron)
         check_sglang(self.sglang)
         check_router(self.router)
+        check_policies(self.router, self.rollout)
         return self
 
     @model_validator(mode="after")
@@ -146,7 +148,7 @@ class RunConfig(Config):
                 "make the first a multiple of the second"
             )
         asks = [e.name for e in self.evals if not e.loss]
-        if asks and not self.rollout.servers:
+        if asks and not self.rollout.generates:
             raise ValueError(
                 f"rollout.servers = 0 but evaluation {asks[0]!r} generates; give it a server, or "
                 "loss = true to measure the loss of its labels"

@@ -24,6 +24,8 @@ def check_settings(config: RunSettings) -> None:
     check_model(config)
     check_lengths(config)
     check_teacher(config)
+    check_judge(config)
+    check_groups(config)
     check_parallel(config)
     check_experts(config, detect(config.cluster.device))
     check_router_replay(config)
@@ -40,13 +42,17 @@ def check_platform(config: RunSettings) -> None:
     if config.cluster.colocate:
         check_colocation(config, platform)
     elif platform.device == "cuda" and config.cluster.address == "local":
-        servers = config.rollout.servers * gpus_per_server(config.sglang, platform.device)
-        if (teacher := config.rollout.teacher) and teacher.path:
-            servers += teacher.servers * gpus_per_server(teacher.sglang, platform.device)
+        tables = config.rollout.tables(config.sglang)
+        servers = sum(gpus_per_server(table, platform.device) for _, table in tables)
+        if others := config.rollout.external:
+            servers += others.spares * gpus_per_server(config.sglang, platform.device)
+        for frozen in (config.rollout.teacher, config.rollout.judge):
+            if frozen and frozen.path:
+                servers += frozen.servers * gpus_per_server(frozen.sglang, platform.device)
         if (needed := config.trainer.ranks + servers) > platform.gpus:
             raise ValueError(
-                f"trainer.ranks = {config.trainer.ranks}, rollout.servers = "
-                f"{config.rollout.servers} and a teacher's take {needed} GPUs, this machine has {platform.gpus}; "
+                f"trainer.ranks = {config.trainer.ranks}, {len(tables)} servers of rollout.servers and "
+                f"rollout.groups, and a teacher's and a judge's take {needed} GPUs, this machine has {platform.gpus}; "
                 "make them fewer, or set cluster.colocate = true to share one"
             )
 
@@ -63,14 +69,20 @@ def check_colocation(config: RunSettings, platform: Platform) -> None:
             f"rollout.mode = {config.rollout.mode!r} generates while the trainer trains, but with "
             "cluster.colocate = true they take turns; set rollout.mode = 'sync'"
         )
-    if config.rollout.teacher and config.rollout.teacher.path:
+    for name, frozen in (("teacher", config.rollout.teacher), ("judge", config.rollout.judge)):
+        if frozen and frozen.path:
+            raise ValueError(
+                f"rollout.{name}.path = {frozen.path!r} with cluster.colocate = true: there is no GPU "
+                f"for the {name}; give the url of one that runs elsewhere"
+            )
+    if config.rollout.external and config.rollout.external.spares:
         raise ValueError(
-            f"rollout.teacher.path = {config.rollout.teacher.path!r} with cluster.colocate = true: there "
-            "is no GPU for the teacher; give the url of one that runs elsewhere"
+            f"rollout.external.spares = {config.rollout.external.spares} with cluster.colocate = true: "
+            "there is no GPU for a spare; set it to 0"
         )
     for field, found in (
         ("trainer.ranks", config.trainer.ranks),
-        ("rollout.servers", config.rollout.servers),
+        ("rollout.servers and rollout.groups", len(config.rollout.tables({}))),
         ("GPUs of a server (sglang.tp_size x pp_size)", gpus_per_server(config.sglang, "cuda")),
     ):
         if found > 1:
@@ -162,6 +174,26 @@ def check_teacher(config: RunSettings) -> None:
         raise ValueError(
             f"rollout.teacher.path = {teacher.path!r} has vocab_size {sizes[0]}, the policy {sizes[1]}; "
             "a teacher scores the policy's token ids, so give one with the same tokenizer"
+        )
+
+
+def check_judge(config: RunSettings) -> None:
+    """A judge of ours is a model's folder."""
+    judge = config.rollout.judge
+    if judge and judge.path and not (Path(judge.path) / "config.json").is_file():
+        raise ValueError(
+            f"rollout.judge.path = {judge.path!r} has no config.json; give the folder of a Hugging "
+            "Face checkpoint"
+        )
+
+
+def check_groups(config: RunSettings) -> None:
+    """Prefill and decode servers can be described, not started."""
+    apart = [group.name for group in config.rollout.groups if group.role]
+    if apart:
+        raise ValueError(
+            f"rollout.groups {', '.join(apart)}: the settings are sound, but this version does not "
+            "start prefill and decode servers; leave out the roles"
         )
 
 

@@ -69,7 +69,7 @@ async def running_engines(
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
         manager=MANAGER if rollout else "",
         timeout_s=config.trainer.step_timeout_s,
-        has_servers=rollout and config.rollout.servers > 0,
+        has_servers=rollout and config.rollout.generates,
         take_turns=config.cluster.colocate and train and rollout and config.rollout.servers > 0,
     )
     try:
@@ -125,8 +125,9 @@ async def stop_engines(engines: Engines) -> None:
     except (cluster.EngineDiedError, cluster.DeadlineError) as error:
         get_run_logger().warning("while stopping: %s", error)
     finally:
+        order = [cluster.ORDER] if len(engines.ranks) > 1 else []
         try:
-            cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks])
+            cluster.kill_actors([*filter(None, [engines.manager]), *engines.ranks, *order])
             if engines.ranks and engines.cluster.address != cluster.NULL:
                 placement.release()
         finally:
@@ -168,7 +169,9 @@ async def _start_rollout(
         max_concurrency=64,
         scheduling_strategy=place,
     )
-    await cluster.call(MANAGER, "start", timeout_s=timeout_s)
+    [info] = await cluster.call(MANAGER, "start", timeout_s=timeout_s)
+    for notice in info.notices:
+        get_run_logger().warning(notice)
 
 
 async def _start_trainer(
@@ -179,6 +182,8 @@ async def _start_trainer(
     platform: Platform,
     timeout_s: float,
 ) -> None:
+    if len(engines.ranks) > 1:
+        cluster.start_order()
     for rank, name in enumerate(engines.ranks):
         cluster.start_actor(
             TrainerRank,

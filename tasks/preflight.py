@@ -45,9 +45,9 @@ MAY_CHANGE = (
     "report",
 )
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
-LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL}
-"""Settings, by table, of how the model is spread over ranks: they may differ too, for they change
-what a step computes by rounding alone."""
+LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL, "rollout": ("external",)}
+"""Settings, by table, of how the model is spread over ranks and machines: they may differ too, for
+they change what a step computes by rounding alone."""
 
 
 @dataclass(frozen=True, slots=True)

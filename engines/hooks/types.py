@@ -73,6 +73,11 @@ class GenerateEngine(Protocol):
         """The model's Hugging Face tokenizer."""
         ...
 
+    @property
+    def judge_url(self) -> str:
+        """Where the frozen model of ``rollout.judge`` answers; empty where there is none."""
+        ...
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, through the chat template where the data settings ask for it."""
         ...

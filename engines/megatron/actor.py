@@ -170,10 +170,11 @@ class TrainerRank:
         saving, self._saving = self._saving, None
         return saving.result() if saving else None
 
-    def push_weights(self, urls: list[str], version: int) -> PushResult:
+    def push_weights(self, urls: list[str], version: int, place: str = "") -> PushResult:
         """Bring the weights to rollout servers as ``version`` and verify them there.
 
-        Rank 0 sends. A server that cannot be reached is named in the result.
+        Rank 0 sends. A server that cannot be reached is named in the result. ``place``: the URL of
+        a folder in which the weights are published too, for servers that load files.
 
         Raises:
             ValueError: ``version`` is not the version of these weights.
@@ -181,7 +182,7 @@ class TrainerRank:
         """
         if version != self._version:
             raise ValueError(f"push of version {version} from weights of version {self._version}")
-        return self._rank_live.push(urls, version)
+        return self._rank_live.push(urls, version, place)
 
     def stop(self) -> None:
         """Leave the other ranks.

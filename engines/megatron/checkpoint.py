@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from rollflow.engines.cpu.megatron import cuda_means_cpu
+from rollflow.engines.published import copy_small_files
 from rollflow.storage.checkpoints import (
     StoredFile,
     checkpoint_folder,
@@ -39,7 +40,7 @@ from rollflow.storage.refs import CheckpointRef, RunRef
 
 from . import parallel
 from .critic import Critic
-from .export import copy_small_files, save_hugging_face
+from .export import save_hugging_face
 from .learner import Learner
 from .model import Model
 from .model_parts import unwrapped

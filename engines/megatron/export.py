@@ -3,21 +3,16 @@
 Pipeline stages and tensor parallel parts are gathered, so every rank must iterate to the end.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rollflow.engines.cpu.megatron import cuda_means_cpu
+from rollflow.engines.published import HuggingFaceFolder
 
 from .model import Model
-
-SHARD_BYTES = 4 << 30
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf")
 
 
 def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -45,42 +40,9 @@ def save_hugging_face(model: Model, source: str, folder: Path, *, write: bool) -
     Every rank takes part, the one with ``write`` writes. The other files are the configuration, the
     tokenizer and whatever small files stand beside them.
     """
-    shards: list[Path] = []
-    index: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if shard and write:
-            shards.append(folder / f"model-{len(shards) + 1:05d}.safetensors")
-            save_file(shard, shards[-1], metadata={"format": "pt"})
-            index.update(dict.fromkeys(shard, shards[-1].name))
-        shard.clear()
-
-    if write:
-        folder.mkdir(parents=True)
+    files = HuggingFaceFolder(Path(source), folder) if write else None
     for name, tensor in export_weights(model):
-        if sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
-        if write:
-            shard[name] = tensor.to("cpu", copy=True).contiguous()
-    flush()
-    if write:
-        _finish(Path(source), folder, shards, index)
-
-
-def _finish(source: Path, folder: Path, shards: list[Path], index: dict[str, str]) -> None:
-    copy_small_files(source, folder)
-    if len(shards) == 1:
-        shards[0].rename(folder / "model.safetensors")
-        return
-    total = sum(shard.stat().st_size for shard in shards)
-    record = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(record))
-
-
-def copy_small_files(source: Path, folder: Path) -> None:
-    """Configuration, tokenizer and whatever else stands beside the weights of a model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
-            shutil.copyfile(file, folder / file.name)
+        if files is not None:
+            files.add(name, tensor)
+    if files is not None:
+        files.finish()

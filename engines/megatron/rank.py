@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from rollflow.engines.algorithms.policy import needs
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
+from rollflow.engines.published import Publication
 from rollflow.engines.weights import PushResult, Tally
 from rollflow.engines.weights_on_gpu import GpuTally, cuda_ipc
 from rollflow.storage.objects import Store
@@ -157,15 +159,23 @@ class Rank:
             self._learner, store, run, step, self.digest(), model_path=self._model.path, hf=hf
         )
 
-    def push(self, urls: Sequence[str], version: int) -> PushResult:
-        """Send the weights to servers from rank 0; the others only take part in gathering them."""
+    def push(self, urls: Sequence[str], version: int, place: str) -> PushResult:
+        """Send the weights to servers from rank 0; the others only take part in gathering them.
+
+        With a ``place`` it also publishes them there as files.
+        """
+        sends = dist.get_rank() == 0
+        publication = (
+            Publication(place, version, Path(self._model.path)) if place and sends else None
+        )
         result = weights.push(
             export_weights(self._learner.model),
-            urls if dist.get_rank() == 0 else (),
+            urls if sends else (),
             version,
             timeout_s=self._learner.trainer.push_timeout_s,
             transport=cuda_ipc if self._shares_gpu else None,
             counted=self._counted,
+            publication=publication,
         )
         if self._shares_gpu:
             torch.cuda.empty_cache()  # the buckets' memory is the server's again

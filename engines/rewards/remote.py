@@ -8,7 +8,8 @@ import httpx
 from rollflow.storage.samples import Sample
 
 URL = "ROLLFLOW_REWARD_URL"
-"""Environment variable: where :func:`remote` and :func:`sglang` ask."""
+"""Environment variable: where :func:`remote` and :func:`sglang` ask. With ``rollout.judge`` it is the
+judge's."""
 TIMEOUT_S = 30.0
 """Of one request; ``rollout.reward_timeout_s`` bounds the whole call."""
 
@@ -31,12 +32,19 @@ async def remote(sample: Sample) -> Any:
 
 
 async def sglang(sample: Sample) -> float:
-    """The score that a reward model gives, served by SGLang (``--is-embedding``, ``/classify``).
+    """The score that a reward model gives, served by SGLang (``--is-embedding``).
 
     It is asked with the text of prompt and response together; where it gives several numbers the
-    last is the score. Raises as :func:`remote` does.
+    last is the score. A server is asked at ``/classify``; its router, which does not pass that on,
+    at ``/v1/embeddings``. Raises as :func:`remote` does.
     """
-    answer = await _post(f"{_url()}/classify", {"text": sample.prompt_text + sample.response_text})
+    url, text = _url(), sample.prompt_text + sample.response_text
+    try:
+        answer = await _post(f"{url}/classify", {"text": text})
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise
+        answer = (await _post(f"{url}/v1/embeddings", {"input": text, "model": "default"}))["data"]
     scored: Any = cast(list[Any], answer)[0] if isinstance(answer, list) else answer
     return float(scored["embedding"][-1])
 

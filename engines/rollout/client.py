@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import aiohttp
 
 from rollflow.engines.hooks import Completion
+from rollflow.engines.published import version_of
 
 from .config import SamplingConfig
 from .experts import ASKING, told_experts, went_on
@@ -25,6 +26,9 @@ STOP_TIMEOUT_S = 60.0
 POLL_S = 0.002
 ABORT_AGAIN_S = 0.05
 """A request may still be on its way to its server when that is told to stop: it is told again."""
+GIVE_UP_S = 15.0
+"""Seconds after which a request that was told to stop is asked for anew, where servers may be silent
+that are not ours."""
 
 
 class RequestRefusedError(ValueError):
@@ -39,6 +43,18 @@ Abort = Callable[[str | None], Awaitable[None]]
 """Have every server stop one request, by its id, or all of them (None)."""
 
 
+class Weights(Protocol):
+    """What is known of the weights that servers have."""
+
+    def accepts(self, label: str) -> bool:
+        """Whether an answer by the weights of that name may be used now."""
+        ...
+
+    async def look_again(self) -> None:
+        """An answer was by other weights: find the server that gave it, and leave it out."""
+        ...
+
+
 @dataclass(slots=True)
 class Scope:
     """The requests of one group: what can be cut off together."""
@@ -50,17 +66,21 @@ class Scope:
 
 _scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
 _served: ContextVar[set[int] | None] = ContextVar("served", default=None)
+_episode: ContextVar[str] = ContextVar("episode", default="")
+ROUTING_KEY = "X-SMG-Routing-Key"
+"""Header by which the router's policies with a key know what belongs together."""
 
 
 @contextmanager
-def requests_of(scope: Scope, served: set[int]) -> Iterator[None]:
+def requests_of(scope: Scope, served: set[int], episode_id: str = "") -> Iterator[None]:
     """Count the requests that are sent within to ``scope``, and what answers them to ``served``."""
-    tokens = _scope.set(scope), _served.set(served)
+    tokens = _scope.set(scope), _served.set(served), _episode.set(episode_id)
     try:
         yield
     finally:
         _scope.reset(tokens[0])
         _served.reset(tokens[1])
+        _episode.reset(tokens[2])
 
 
 class GenerateClient:
@@ -79,13 +99,24 @@ class GenerateClient:
         max_retries: int,
         wait_ready: Callable[[], Awaitable[None]],
         abort: Abort | None = None,
+        weights: Weights | None = None,
+        give_up_s: float = STOP_TIMEOUT_S,
+        affinity: Literal["", "group", "episode"] = "",
     ) -> None:
         self._url = f"{url}/generate"
         self._max_retries = max_retries
         self._wait_ready = wait_ready
         self._abort = abort
-        self._open = asyncio.Event()
+        self._weights = weights
+        self._give_up_s = give_up_s
+        self._affinity = affinity
+        self._open, self._calm = asyncio.Event(), asyncio.Event()
+        """Set but while weights change, and but while requests are recalled."""
         self._open.set()
+        self._calm.set()
+        self._recall = asyncio.Lock()
+        self._posts: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._given_up: set[str] = set()
         self._stops = 0
         self._in_flight: set[str] = set()
         self._numbers = itertools.count()
@@ -112,7 +143,7 @@ class GenerateClient:
         limit = int(sampling.get("max_new_tokens", DEFAULT_NEW_TOKENS))
         done = Completion([], [], "abort", 0)
         while True:
-            await self._open.wait()
+            await self._may_send()
             if scope.cut:
                 return done
             stops = self._stops
@@ -123,6 +154,8 @@ class GenerateClient:
                 "return_logprob": True,
             }
             answer = await self._ask(body, scope, stops, routed_experts=routed_experts)
+            if answer is None:
+                continue
             done = _joined(done, answer)
             if served is not None and answer.token_ids:
                 served.add(answer.policy_version)
@@ -168,6 +201,19 @@ class GenerateClient:
         """Send on, from where each answer stands."""
         self._open.set()
 
+    async def recall(self) -> None:
+        """Have servers hand over what they are at, and send it on to those that are left.
+
+        What does not come back within ``give_up_s`` seconds is asked for anew.
+        """
+        async with self._recall:
+            self._calm.clear()
+            self._stops += 1
+            try:
+                await self._stop(self._in_flight, None)
+            finally:
+                self._calm.set()
+
     async def cut(self, scope: Scope) -> None:
         """Cut the requests of ``scope`` off: each answers with what it has, as ``abort``.
 
@@ -181,9 +227,11 @@ class GenerateClient:
         await self._session.close()
 
     async def _stop(self, waited_for: set[str], named: set[str] | None) -> None:
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        started = time.monotonic()
         while waited_for:
-            if time.monotonic() > deadline:
+            if time.monotonic() > started + self._give_up_s:
+                self._give_up(waited_for)
+            if time.monotonic() > started + STOP_TIMEOUT_S:
                 raise GenerationError(
                     f"{self._url}: {len(waited_for)} requests did not stop within "
                     f"{STOP_TIMEOUT_S:.0f} s, first {min(waited_for)}"
@@ -195,9 +243,22 @@ class GenerateClient:
             while waited_for and time.monotonic() < again:
                 await asyncio.sleep(POLL_S)
 
+    def _give_up(self, requests: set[str]) -> None:
+        """Wait no longer for requests that silent servers hold."""
+        for request in requests & self._posts.keys():
+            self._given_up.add(request)
+            self._posts[request].cancel()
+
+    async def _may_send(self) -> None:
+        while not (self._open.is_set() and self._calm.is_set()):
+            await self._open.wait()
+            await self._calm.wait()
+
     async def _ask(
         self, body: dict[str, Any], scope: Scope, stops: int, *, routed_experts: bool
-    ) -> Completion:
+    ) -> Completion | None:
+        """One request; None where it was given up."""
+
         def read(answer: dict[str, Any], seconds: float) -> Completion:
             asked = len(body["input_ids"]) if routed_experts else None
             completion = _completion(answer, seconds, asked)
@@ -206,7 +267,10 @@ class GenerateClient:
                 raise _ServerFaultError(f"aborted: {reason}")
             return completion
 
-        return await self._tried(body, scope, read, ASKING if routed_experts else "rollflow-")
+        try:
+            return await self._tried(body, scope, read, ASKING if routed_experts else "rollflow-")
+        except _GivenUpError:
+            return None
 
     async def _tried(
         self,
@@ -222,7 +286,7 @@ class GenerateClient:
             scope.requests.add(request)
             self._in_flight.add(request)
             try:
-                answer = await self._post({**body, "rid": request})
+                answer = await self._answer(request, {**body, "rid": request})
                 return read(answer, time.monotonic() - started)
             except (aiohttp.ClientError, TimeoutError, _ServerFaultError) as error:
                 if attempt == self._max_retries:
@@ -234,11 +298,38 @@ class GenerateClient:
                 self._in_flight.discard(request)
             await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
             await self._wait_ready()
-            await self._open.wait()
+            await self._may_send()
         raise AssertionError("unreachable")
 
+    async def _answer(self, request: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer, if it is by weights that count; _GivenUpError once it is waited for no more."""
+        post = self._posts[request] = asyncio.ensure_future(self._post(body))
+        try:
+            answer = await post
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if request not in self._given_up or (task and task.cancelling()):
+                raise
+            raise _GivenUpError from None
+        finally:
+            self._given_up.discard(request)
+            del self._posts[request]
+        label = str(answer["meta_info"].get("weight_version"))
+        if self._weights and not self._weights.accepts(label):
+            await self._weights.look_again()
+            raise _ServerFaultError(f"an answer by other weights ({label!r}) than those served now")
+        return answer
+
+    def _headers(self) -> dict[str, str]:
+        """What the router finds the same server by."""
+        episode = _episode.get()
+        if not (self._affinity and episode):
+            return {}
+        key = episode if self._affinity == "episode" else episode.rpartition("#")[0]
+        return {ROUTING_KEY: key}
+
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        async with self._session.post(self._url, json=body) as response:
+        async with self._session.post(self._url, json=body, headers=self._headers()) as response:
             if response.status >= 500 or response.status in TRANSIENT:
                 raise _ServerFaultError(f"status {response.status}: {await response.text()}")
             if response.status >= 400:
@@ -252,6 +343,10 @@ class _ServerFaultError(Exception):
     """An answer that another attempt may better."""
 
 
+class _GivenUpError(Exception):
+    """A request that a silent server holds is waited for no longer."""
+
+
 def sampling_params(config: SamplingConfig) -> dict[str, Any]:
     """SGLang's sampling parameters, without the lists that are empty."""
     return {k: v for k, v in config.model_dump().items() if v != []}
@@ -260,7 +355,7 @@ def sampling_params(config: SamplingConfig) -> dict[str, Any]:
 def _completion(answer: dict[str, Any], seconds: float, asked: int | None) -> Completion:
     """``asked``: tokens of a request whose answer has routed experts."""
     meta = answer["meta_info"]
-    version = int(meta["weight_version"])
+    version = version_of(meta["weight_version"])
     experts = None
     if asked is not None and answer["output_ids"]:
         try:

@@ -185,6 +185,16 @@ class Collector:
         samples = [s for o in self.members for s in o.samples if s.status is Status.FAILED]
         return Counter(str(s.metadata.get("error", "")) for s in samples)
 
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by phase, and tokens of the members, as scalars by slash name."""
+        tokens = self.tally.tokens
+        return {
+            **{f"perf/{name}": seconds for name, seconds in self.seconds.items()},
+            "perf/tokens": float(tokens),
+            "perf/tokens_per_s": tokens / max(self.seconds["generate_s"], 1e-9),
+        }
+
     async def write(self) -> tuple[Part, ...]:
         """Write what is finished and not yet written; give all parts of the batch."""
         started = time.monotonic()
@@ -276,7 +286,8 @@ class Collector:
             if running.scope.cut:
                 return
             try:
-                with requests_of(running.scope, episode.context.served):
+                context = episode.context
+                with requests_of(running.scope, context.served, context.episode_id):
                     result = await self._function(self._engine, episode.prompt, episode.context)
             except (GenerationError, ServerError):
                 raise

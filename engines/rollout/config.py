@@ -5,9 +5,47 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from rollflow.engines.config import Setting, check_table, dataclass_settings
 from rollflow.engines.hooks.signatures import HookKind
 from rollflow.storage.config import Config, DataConfig
+
+from .config_servers import (
+    KEYED_POLICIES,
+    POLICIES,
+    PREFILL_POLICIES,
+    ROUTER_OWNED,
+    SGLANG_OWNED,
+    ExternalConfig,
+    FrozenConfig,
+    GroupConfig,
+    JudgeConfig,
+    TeacherConfig,
+    check_router,
+    check_sglang,
+    router_settings,
+    sglang_settings,
+)
+
+__all__ = [
+    "ROUTER_OWNED",
+    "SGLANG_OWNED",
+    "SLIME_NAMES",
+    "BufferConfig",
+    "EvalConfig",
+    "ExternalConfig",
+    "FrozenConfig",
+    "GroupConfig",
+    "HooksConfig",
+    "JudgeConfig",
+    "Mode",
+    "RolloutConfig",
+    "SamplingConfig",
+    "TeacherConfig",
+    "check_policies",
+    "check_router",
+    "check_sglang",
+    "router_settings",
+    "sglang_settings",
+]
 
 
 class SamplingConfig(Config):
@@ -30,28 +68,6 @@ class BufferConfig(Config):
 
     priority: str = "first_in"
     """Who is drawn first: ``first_in``, ``oldest_policy``, ``newest_policy``, or ``pkg.mod:fn``."""
-
-
-class TeacherConfig(Config):
-    """A frozen model that is asked for the log-probability of every token that the policy samples."""
-
-    path: str = ""
-    """Hugging Face folder of a model with the policy's tokenizer; servers of its own are started."""
-    servers: int = Field(default=1, gt=0)
-    """SGLang servers for ``path``, behind a router of their own."""
-    sglang: dict[str, Any] = Field(default_factory=dict)
-    """Any field of SGLang's ServerArgs, for these servers."""
-    url: str = ""
-    """In place of ``path``: an SGLang server or router that runs already, ``http://host:port``."""
-
-    @model_validator(mode="after")
-    def _is_one_place(self) -> "TeacherConfig":
-        if bool(self.path) == bool(self.url):
-            raise ValueError(
-                f"rollout.teacher: path = {self.path!r} and url = {self.url!r}; give one of them"
-            )
-        check_sglang(self.sglang)
-        return self
 
 
 class RolloutConfig(Config):
@@ -86,10 +102,21 @@ class RolloutConfig(Config):
     a CPU servers then answer one request at a time, which is several times slower; on a GPU SGLang
     uses its batch-invariant kernels."""
     servers: int = Field(default=1, ge=0)
-    """SGLang server processes behind the router; 0 where nothing is generated (supervised runs
-    without evaluation)."""
+    """SGLang server processes behind the router, started with the ``[sglang]`` table; 0 where nothing
+    is generated (supervised runs without evaluation), and unless given where there are ``groups``."""
+    groups: list[GroupConfig] = Field(default_factory=list)
+    """Further servers behind the same router, group by group."""
+    affinity: Literal["", "group", "episode"] = ""
+    """Requests of one group, or of one episode, go to one server as long as it is up: it has their
+    prompt in its prefix cache."""
+    external: ExternalConfig | None = None
+    """Servers that somebody else runs. ``servers = 0`` leaves generation to them alone."""
     teacher: TeacherConfig | None = None
-    """For algorithms with a ``teacher_coef``, such as ``distill``."""
+    """For algorithms with a ``teacher_coef``, such as ``distill``: a model with the policy's tokenizer
+    that is asked for the log-probability of every token that the policy samples."""
+    judge: JudgeConfig | None = None
+    """A frozen model for reward and generate functions, which find its URL in the environment variable
+    ``ROLLFLOW_REWARD_URL``, and the latter in ``engine.judge_url``."""
     concurrency: int = Field(default=256, gt=0)
     """Samples in flight at once, over all servers."""
     request_timeout_s: float = Field(default=600.0, gt=0)
@@ -114,6 +141,20 @@ class RolloutConfig(Config):
     """Address space that one of them may take."""
 
     @property
+    def generates(self) -> bool:
+        """Whether there is a server to generate with."""
+        return self.servers > 0 or bool(self.groups) or self.external is not None
+
+    def tables(self, sglang: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """(name, SGLang's arguments) of each server that we start; ``sglang`` is the ``[sglang]`` table."""
+        found = [(f"server-{i}", dict(sglang)) for i in range(self.servers)]
+        for group in self.groups:
+            role = {"disaggregation_mode": group.role} if group.role else {}
+            table = {**sglang, **group.sglang, **role}
+            found += [(f"{group.name}-{i}", table) for i in range(group.servers)]
+        return found
+
+    @property
     def ahead(self) -> int:
         """Steps that generation may be ahead of training."""
         return {"sync": 0, "one_step_ahead": 1, "async": self.staleness}[self.mode]
@@ -129,12 +170,54 @@ class RolloutConfig(Config):
         """Groups that are begun at once."""
         return self.over_sampling_batch_size or self.batch_size
 
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_stand_alone(cls, tree: Any) -> Any:
+        """Where there are groups, no other server is meant unless ``servers`` says so."""
+        if isinstance(tree, dict) and tree.get("groups") and "servers" not in tree:
+            return {**tree, "servers": 0}
+        return tree
+
+    @model_validator(mode="after")
+    def _groups_are_sound(self) -> "RolloutConfig":
+        names = [group.name for group in self.groups]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"rollout.groups: name {min(twice)!r} is used twice")
+        if "server" in names:
+            raise ValueError("rollout.groups: 'server' is the name of those of rollout.servers")
+        roles = {group.role for group in self.groups}
+        if roles <= {""}:
+            return self
+        others = [group.name for group in self.groups if not group.role]
+        if missing := {"prefill", "decode"} - roles:
+            raise ValueError(
+                f"rollout.groups: no group has the role {min(missing)!r}; a request needs both halves"
+            )
+        if others or self.servers or self.external:
+            which = (
+                f"group {others[0]!r}"
+                if others
+                else f"rollout.servers = {self.servers}"
+                if self.servers
+                else "rollout.external"
+            )
+            raise ValueError(
+                f"rollout.groups has prefill and decode servers, but {which} does both halves; one "
+                "router sends requests either way, not both"
+            )
+        return self
+
     @model_validator(mode="after")
     def _modes_are_sound(self) -> "RolloutConfig":
         if self.mode != "sync" and self.staleness < 1:
             raise ValueError(
                 f"rollout.max_staleness = {self.staleness} in mode {self.mode!r}, which generates "
                 'ahead of training; give 1 or more, or set rollout.mode = "sync"'
+            )
+        if self.deterministic and self.external is not None:
+            raise ValueError(
+                "rollout.deterministic = true with rollout.external: how servers of others compute "
+                "is not known; leave out one of the two"
             )
         if self.wave < self.batch_size:
             raise ValueError(
@@ -253,40 +336,22 @@ class EvalConfig(Config):
         return self.every > 0 and trained >= self.delay and trained % self.every == 0
 
 
-SGLANG_OWNED = {
-    "model_path": "use model.path",
-    "tokenizer_path": "use model.path",
-    "host": "servers listen on loopback",
-    "port": "ports are chosen free",
-    "dtype": "use model.dtype",
-    "device": "use cluster.device",
-    "trust_remote_code": "use model.trust_remote_code",
-    "random_seed": "use rollout.seed",
-}
-"""SGLang's arguments that rollflow sets, and why or what to use instead."""
-
-ROUTER_OWNED = {
-    "worker_urls": "use rollout.servers",
-    "host": "the router listens on loopback",
-    "port": "the port is chosen free",
-}
-
-
-def sglang_settings() -> dict[str, Setting]:
-    """Every setting that the ``[sglang]`` table takes; empty without SGLang."""
-    return dataclass_settings("sglang", "srt/server_args.py", "ServerArgs")
-
-
-def router_settings() -> dict[str, Setting]:
-    """Every setting that the ``[router]`` table takes; empty without sglang-router."""
-    return dataclass_settings("sglang_router", "router_args.py", "RouterArgs")
-
-
-def check_sglang(given: Mapping[str, Any]) -> None:
-    """Refuse names that SGLang's ``ServerArgs`` lacks or rollflow owns, and values of a wrong type."""
-    check_table("sglang", given, sglang_settings(), SGLANG_OWNED)
-
-
-def check_router(given: Mapping[str, Any]) -> None:
-    """Refuse names that the router's ``RouterArgs`` lacks or rollflow owns, and values of a wrong type."""
-    check_table("router", given, router_settings(), ROUTER_OWNED)
+def check_policies(given: Mapping[str, Any], rollout: RolloutConfig) -> None:
+    """Refuse policies in the ``[router]`` table that do not do what ``rollout`` asks for."""
+    halves = any(group.role for group in rollout.groups)
+    policies = {"policy": POLICIES, "prefill_policy": PREFILL_POLICIES, "decode_policy": POLICIES}
+    for field, known in policies.items():
+        if (given.get(field) or known[0]) not in known:
+            raise ValueError(
+                f"router.{field} = {given[field]!r} is none of the router's: {', '.join(known)}"
+            )
+        if field != "policy" and given.get(field) and not halves:
+            raise ValueError(
+                f"router.{field} = {given[field]!r} is for prefill and decode servers; give "
+                "rollout.groups these roles, or set router.policy"
+            )
+    if rollout.affinity and given.get("policy", KEYED_POLICIES[0]) not in KEYED_POLICIES:
+        raise ValueError(
+            f"router.policy = {given['policy']!r} knows no routing key, which rollout.affinity = "
+            f"{rollout.affinity!r} sends; set it to one of {', '.join(KEYED_POLICIES)}"
+        )

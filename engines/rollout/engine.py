@@ -1,10 +1,12 @@
 """What a generate hook works with: the tokenizer, the prompt's tokens, and the servers."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from rollflow.engines.hooks import Completion
+from rollflow.engines.rewards.remote import URL as REWARD_URL
 from rollflow.storage.config import DataConfig
 from rollflow.storage.samples import Message, Prompt
 
@@ -29,6 +31,11 @@ class RolloutEngine:
         self._routed_experts = routed_experts
         self._data = data
         self._client = client
+
+    @property
+    def judge_url(self) -> str:
+        """Where ``rollout.judge`` answers; empty where there is none."""
+        return os.environ.get(REWARD_URL, "")
 
     @property
     def template(self) -> str:

@@ -2,12 +2,12 @@
 
 A server receives requests only while it is known to hold the weights of the step: it is *admitted*
 after its version was read back, and a server that was started again is given the weights first.
+Servers that somebody else runs (:mod:`.external`) stand beside ours.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from ray.exceptions import RayActorError, RayError
 
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import SHARE, Device
+from rollflow.engines.published import place_of
+from rollflow.storage.refs import RunRef
 
 from .config import RolloutConfig
+from .external import Externals
 from .router import Router
 from .server import POLL_S, ServerActor, ServerEndedError, ServerError, ServerInfo
 from .server_args import deterministic_arguments, gpus_per_server, shared_gpu_arguments
+from .slot import CUDA_GRAPH, KV_CACHE, WEIGHTS, Slot, send, sleep, wake
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
 """Brings the weights of a version to the server at a URL. RayError where they are gone: the trainer
@@ -33,40 +37,16 @@ MAX_RESTARTS = 3
 HEALTH_EVERY_S = 20.0
 SILENT_AFTER = 3
 """Health checks in a row that a server may leave unanswered."""
-WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
-"""SGLang's tags of what a server can give back to the GPU."""
-IDLE_TIMEOUT_S = 60.0
-"""Seconds that a server may take to put away its last answers before it sleeps."""
+ABORT_TIMEOUT_S = 2.0
 FROM_DISK = "default"
 """What SGLang calls the version of weights that it loaded itself."""
 
 
-@dataclass(slots=True)
-class _Slot:
-    index: int
-    actor: Any = None
-    """Ray handle of the ServerActor."""
-    info: ServerInfo | None = None
-    """None while the server is down."""
-    admitted: bool = False
-    registered: bool = False
-    asleep: set[str] = field(default_factory=set[str])
-    """Tags of what the server has given back."""
-    restarts: int = 0
-    error: BaseException | None = None
-    """Set when the server is given up."""
-    watcher: asyncio.Task[None] | None = None
-    admission: asyncio.Task[None] | None = None
-    """Gives a server that was started again the weights, while it is watched already."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def name(self) -> str:
-        return f"server-{self.index}"
-
-
 class Fleet:
-    """``rollout.servers`` SGLang servers and their router."""
+    """``rollout.servers`` SGLang servers, those of groups and of others, and their router.
+
+    ``run``: whose weights servers of others are given.
+    """
 
     def __init__(
         self,
@@ -78,33 +58,52 @@ class Fleet:
         log_dir: Path,
         *,
         shares_gpu: bool = False,
+        run: RunRef | None = None,
     ) -> None:
         self._model = model
         fixed = deterministic_arguments(device) if rollout.deterministic else {}
         shared = shared_gpu_arguments() if shares_gpu else {}
         self._sglang = {**fixed, **shared, **sglang}
+        tables = rollout.tables(self._sglang)
         self._shares_gpu = shares_gpu
         self._device: Device = device
         self._log_dir = log_dir
         self._seed = rollout.seed
         self._exact = rollout.deterministic
         """Which weights answer a request may not depend on when a server came back."""
-        self._slots = [_Slot(i) for i in range(rollout.servers)]
+        self._slots = [Slot(i, name, table) for i, (name, table) in enumerate(tables)]
         self._version: int | None = None
         self._users = 0
-        self.router = Router(router, log_dir, device, rollout.request_timeout_s)
+        self.router = Router(
+            router, log_dir, device, rollout.request_timeout_s, keyed=bool(rollout.affinity)
+        )
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
         self.load_weights: LoadWeights | None = None
+        self.recall: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Has requests that a server may still hold answered by others."""
+        self._spares = 0
+        """Servers of ours that may be started in place of others' yet."""
+        self._background: set[asyncio.Task[None]] = set()
+        self.external: Externals | None = None
+        if (others := rollout.external) and run:
+            place = place_of(others.weights, run)
+            self.external = Externals(others, model, place, self.router, self._make_up_for)
+            self._spares = others.spares
 
     async def start(self) -> None:
-        """Start router and servers at once; ServerError names the one that does not come up."""
+        """Start router and servers at once, and wait for those of others.
+
+        ServerError names the one of ours that does not come up. ValueError: see ``Externals``.
+        """
+        alone = not self._slots and not self._spares
         await asyncio.gather(
             self.router.wait_until_up(START_TIMEOUT_S),
             *(self._bring_up(slot) for slot in self._slots),
+            *([self.external.start(alone=alone)] if self.external else []),
         )
         await asyncio.gather(*(self._register(slot) for slot in self._slots))
         for slot in self._slots:
-            slot.watcher = asyncio.create_task(self._keep(slot))
+            slot.watcher = slot.watcher or asyncio.create_task(self._keep(slot))
 
     async def servers(self, at_least: int = 1) -> list[ServerInfo]:
         """The servers that are up; waits for ``at_least`` so many.
@@ -129,13 +128,14 @@ class Fleet:
         self._version = version
         self._users += 1
         try:
-            await asyncio.gather(*(self._admit_when_up(s) for s in self._slots if s.info))
-            await self.wait_ready()
+            await self._admit_all(version)
             yield
         finally:
             self._users -= 1
             if not self._users:
                 self._version = None
+                if self.external:
+                    self.external.withdraw()
                 for slot in self._slots:
                     slot.admitted, slot.restarts = False, 0
 
@@ -150,29 +150,36 @@ class Fleet:
         self._version = version
         for slot in self._slots:
             slot.admitted = False
-        await asyncio.gather(*(self._admit_when_up(s) for s in self._slots if s.info))
-        await self.wait_ready()
+        await self._admit_all(version)
+
+    def accepts(self, label: str) -> bool:
+        """Whether an answer by the weights that a server calls ``label`` may be used now."""
+        theirs = self.external.label if self.external else ""
+        return self._version is None or label in (str(self._version), theirs)
+
+    async def look_again(self) -> None:
+        """An answer was by other weights: leave the server of others that gave it out."""
+        if self.external:
+            await self.external.look_again()
 
     async def abort(self, request: str | None) -> None:
         """Have every server that is up stop a request, or all; one that does not answer is over
         anyhow."""
         body = {"abort_all": True} if request is None else {"rid": request}
         urls = [f"{slot.info.url}/abort_request" for slot in self._slots if slot.info]
+        theirs = [self.external.abort(body, ABORT_TIMEOUT_S)] if self.external else []
         await asyncio.gather(
-            *(self._request("POST", url, body) for url in urls), return_exceptions=True
+            *(self._request("POST", url, body) for url in urls), *theirs, return_exceptions=True
         )
 
     async def wait_ready(self) -> None:
         """Wait until a server can answer; ServerError when one was given up or the router ended."""
         self._check()
-        while not any(slot.admitted for slot in self._slots):
+        while not any(slot.admitted for slot in self._slots) and not (
+            self.external and self.external.ready
+        ):
             await asyncio.sleep(POLL_S)
             self._check()
-
-    async def post(self, path: str, body: Mapping[str, Any]) -> None:
-        """Send one control request to every server itself: the router does not pass these on."""
-        for server in await self.servers():
-            await self._request("POST", server.url + path, dict(body))
 
     async def sleep(self) -> None:
         """Give the GPU's memory back: weights, keys and values, graphs. What they held is lost.
@@ -180,16 +187,17 @@ class Fleet:
         Nothing may be in flight. ServerError names a server that does not come to rest.
         """
         tags = {WEIGHTS, KV_CACHE, CUDA_GRAPH}
-        await asyncio.gather(*(self._sleep(slot, tags) for slot in self._slots if slot.info))
+        await asyncio.gather(*(sleep(self._session, s, tags) for s in self._slots if s.info))
 
     async def wake(self, *tags: str) -> None:
         """Take the memory behind ``tags``, or all, back; weights have to be loaded then."""
         wanted = set(tags) or {WEIGHTS, KV_CACHE, CUDA_GRAPH}
-        await asyncio.gather(*(self._wake(slot, wanted) for slot in self._slots if slot.info))
+        await asyncio.gather(*(wake(self._session, s, wanted) for s in self._slots if s.info))
 
     async def stop(self) -> None:
         """End everything that was started."""
         tasks = [t for slot in self._slots for t in (slot.watcher, slot.admission) if t]
+        tasks += self._background
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -197,6 +205,8 @@ class Fleet:
         await asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
         for actor in actors:
             ray.kill(actor)
+        if self.external:
+            await self.external.stop()
         await self.router.stop()
         await self._session.close()
 
@@ -205,55 +215,57 @@ class Fleet:
         for slot in self._slots:
             if slot.error:
                 raise slot.error
+        if self.external and not self._slots:
+            self.external.check()
 
-    async def _sleep(self, slot: _Slot, tags: set[str]) -> None:
-        assert slot.info is not None
-        url, due = slot.info.url, sorted(tags - slot.asleep)
-        if not due:
-            return
+    async def _admit_all(self, version: int) -> None:
+        theirs = [self.external.admit(version)] if self.external else []
+        await asyncio.gather(*(self._admit_when_up(s) for s in self._slots if s.info), *theirs)
+        await self.wait_ready()
+
+    def _make_up_for(self, holds_requests: bool) -> None:
+        """A server of others was left out: send its requests on, and start one of ours if we may."""
+        works: list[Coroutine[Any, Any, None]] = []
+        if holds_requests and self.recall and self._version is not None:
+            works.append(self.recall())
+        if self._spares:
+            self._spares -= 1
+            number = len(self._slots)
+            self._slots.append(spare := Slot(number, f"spare-{number}", self._sglang))
+            works.append(self._start_spare(spare))
+        for work in works:
+            task = asyncio.create_task(work)
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    async def _start_spare(self, slot: Slot) -> None:
+        """Start a server in place of another's; it stays. One that does not start is of no use."""
+        assert self.external is not None
         try:
-            async with asyncio.timeout(IDLE_TIMEOUT_S):
-                while not await self._is_idle(url):
-                    await asyncio.sleep(POLL_S)
-            await self._request("POST", f"{url}/release_memory_occupation", {"tags": due})
-        except aiohttp.ClientConnectionError:
-            return  # it has just died: the watcher starts it again
-        except TimeoutError as error:
-            raise ServerError(
-                f"{slot.name} still works on requests {IDLE_TIMEOUT_S:.0f} s after the last answer"
-            ) from error
-        slot.asleep |= tags
+            await self._bring_up(slot)
+            if self._version is not None:
+                slot.admission = asyncio.create_task(self._admit_again(slot))
+            slot.watcher = asyncio.create_task(self._keep(slot))
+            self.external.notices.append(f"{slot.name} of our own was started in its place")
+        except (ServerError, RayError, aiohttp.ClientError, TimeoutError) as error:
+            self._slots.remove(slot)
+            self.external.notices.append(f"{slot.name} did not start in its place: {error}")
 
-    async def _is_idle(self, url: str) -> bool:
-        """Whether the server has put its last answer away; it then has nothing in its caches."""
-        async with self._session.post(f"{url}/flush_cache") as response:
-            return response.status == 200
-
-    async def _wake(self, slot: _Slot, tags: set[str]) -> None:
-        assert slot.info is not None
-        if due := sorted(tags & slot.asleep):
-            try:
-                url = f"{slot.info.url}/resume_memory_occupation"
-                await self._request("POST", url, {"tags": due})
-            except aiohttp.ClientConnectionError:
-                return  # it has just died: the watcher starts it again
-            slot.asleep -= tags
-
-    async def _bring_up(self, slot: _Slot) -> None:
+    async def _bring_up(self, slot: Slot) -> None:
         if slot.actor is None:
-            slot.actor = self._new_actor(slot.name)
+            slot.actor = self._new_actor(slot)
         seed = self._seed * len(self._slots) + slot.index + 1
-        info = await slot.actor.start.remote(self._model, self._sglang, seed, START_TIMEOUT_S)
+        info = await slot.actor.start.remote(self._model, slot.table, seed, START_TIMEOUT_S)
         await self._request("POST", f"{info.url}/freeze_gc")  # a full collection takes 0.3 s
         slot.info, slot.asleep = info, set()
 
-    def _new_actor(self, name: str) -> Any:
-        gpus = gpus_per_server(self._sglang, self._device)
+    def _new_actor(self, slot: Slot) -> Any:
+        gpus = gpus_per_server(slot.table, self._device)
         gpus = SHARE * gpus if self._shares_gpu else gpus
         actor = ray.remote(ServerActor).options(num_cpus=0, num_gpus=gpus, max_concurrency=8)
-        return actor.remote(name, str(self._log_dir), self._device)
+        return actor.remote(slot.name, str(self._log_dir), self._device)
 
-    async def _keep(self, slot: _Slot) -> None:
+    async def _keep(self, slot: Slot) -> None:
         """Start the server again each time it ends, until it has done so too often."""
         while True:
             reason = await self._end_of(slot)
@@ -275,13 +287,13 @@ class Fleet:
                 slot.error = error
                 return
 
-    async def _admit_again(self, slot: _Slot) -> None:
+    async def _admit_again(self, slot: Slot) -> None:
         try:
             await self._admit_when_up(slot)
         except (ServerError, aiohttp.ClientError, TimeoutError) as error:
             slot.error = error
 
-    async def _end_of(self, slot: _Slot) -> str:
+    async def _end_of(self, slot: Slot) -> str:
         """Return why the server is over: it ended, its actor did, or it fell silent."""
         if slot.actor is None or slot.info is None:
             return f"{slot.name}'s actor ended"
@@ -308,13 +320,13 @@ class Fleet:
             return False
         return True
 
-    async def _when_up(self, slot: _Slot) -> ServerInfo:
+    async def _when_up(self, slot: Slot) -> ServerInfo:
         while slot.info is None:
             self._check()
             await asyncio.sleep(POLL_S)
         return slot.info
 
-    async def _admit_when_up(self, slot: _Slot) -> None:
+    async def _admit_when_up(self, slot: Slot) -> None:
         while not slot.admitted:
             info = await self._when_up(slot)
             try:
@@ -329,7 +341,7 @@ class Fleet:
             if self._version is None:
                 return
 
-    async def _admit(self, slot: _Slot, info: ServerInfo) -> None:
+    async def _admit(self, slot: Slot, info: ServerInfo) -> None:
         """Make sure of the weights, then let the router send requests."""
         async with slot.lock:
             version = self._version
@@ -341,7 +353,7 @@ class Fleet:
                 await self._register(slot)
             slot.admitted = slot.info is info and version == self._version
 
-    async def _register(self, slot: _Slot) -> None:
+    async def _register(self, slot: Slot) -> None:
         """Wait until the router finds the server healthy; ServerEndedError where it ends before."""
         assert slot.info is not None
         accepted = asyncio.ensure_future(self.router.register(slot.info.url, START_TIMEOUT_S))
@@ -372,9 +384,7 @@ class Fleet:
         return (await self._request("GET", f"{info.url}/model_info"))["weight_version"]
 
     async def _request(self, method: str, url: str, body: object = None) -> Any:
-        async with self._session.request(method, url, json=body) as response:
-            response.raise_for_status()
-            return await response.json() if response.content_type == "application/json" else None
+        return await send(self._session, method, url, body)
 
 
 async def _result(reference: Any) -> Any:

@@ -8,15 +8,15 @@ import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import ray
 
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import HookKind, load_hook, set_arguments
 from rollflow.engines.platform import Device
+from rollflow.engines.published import place_of
+from rollflow.engines.rewards.remote import URL as REWARD_URL
 from rollflow.storage.buffer import stored_state
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.integrity import ManifestError
@@ -25,30 +25,22 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
 from rollflow.storage.samples import Sample
 
-from .client import GenerateClient
-from .collector import Collector
+from .client import GIVE_UP_S, STOP_TIMEOUT_S, GenerateClient
 from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
 from .evaluation import Evaluation
 from .experts import SWITCH
 from .filters import load_dynamic_filter
-from .fleet import WEIGHTS, Fleet
+from .fleet import Fleet
+from .frozen import Frozen
 from .producer import Producer, Production, make_buffer
+from .server import RolloutInfo
+from .slot import WEIGHTS
 from .teacher import Teacher
 from .trained_on import load_trained_on
+from .trainer import Trainer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutInfo:
-    """What runs, e.g. for a log line; empty lists where the run has no servers."""
-
-    router_url: str
-    server_urls: list[str]
-    pids: list[int]
-    """Session leaders of the servers, then of the router."""
-    manager_pid: int
 
 
 class RolloutManager:
@@ -87,9 +79,9 @@ class RolloutManager:
         self._shares_gpu = shares_gpu
         self._fleet: Fleet | None = None
         self._client: GenerateClient | None = None
-        self._teacher: Teacher | None = None
-        self._ranks: list[Any] = []
-        """The trainer's actors, once they are attached."""
+        self._frozen: dict[str, Frozen] = {}
+        self._trainer: Trainer | None = None
+        """Once it is attached."""
         self._training: Dataset
         self._eval_datasets: dict[str, Dataset] = {}
         self._slots = asyncio.Semaphore(rollout.concurrency)
@@ -100,7 +92,7 @@ class RolloutManager:
 
     async def start(self) -> RolloutInfo:
         """Start servers and router and load prompts; ServerError or ValueError when that fails."""
-        servers = asyncio.gather(self._start_servers(), self._start_teacher())
+        servers = asyncio.gather(self._start_servers(), self._start_frozen())
         tokenizer = await asyncio.to_thread(self._load_tokenizer)
         await servers
         await asyncio.to_thread(self._load_datasets, tokenizer)
@@ -114,34 +106,36 @@ class RolloutManager:
         """What runs now; ``whole`` waits for servers that are being started again."""
         if self._fleet is None:
             return RolloutInfo("", [], [], os.getpid())
-        servers = await self._fleet.servers(self._rollout.servers if whole else 1)
+        least = 0 if self._rollout.external else 1
+        wanted = len(self._rollout.tables({}))
+        servers = await self._fleet.servers(wanted if whole else least)
         return RolloutInfo(
             router_url=self._fleet.router.url,
             server_urls=[s.url for s in servers],
             pids=[*(s.pid for s in servers), self._fleet.router.pid],
             manager_pid=os.getpid(),
+            notices=self._notices(),
         )
 
-    async def server_urls(self) -> list[str]:
-        """The servers that are up, to push weights to.
+    async def targets(self) -> tuple[list[str], str]:
+        """(the servers of ours that are up, to push weights to; the URL of the folder in which the
+        trainer publishes them for those of others, empty where there are none).
 
         One that is being started again gets its weights from the trainer when it joins.
         """
-        return (await self.info()).server_urls
+        return (await self.info()).server_urls, self._place
 
     async def attach_trainer(self, names: Sequence[str], namespace: str) -> None:
         """Let a server that was started again get its weights from these trainer actors.
 
         They also tell the losses that evaluations ask for.
         """
-        self._ranks = ranks = [ray.get_actor(name, namespace=namespace) for name in names]
+        self._trainer = trainer = Trainer(names, namespace)
         if self._fleet is None:
             return
-
-        async def load(url: str, version: int) -> object:
-            return await asyncio.gather(*(r.push_weights.remote([url], version) for r in ranks))
-
-        self._fleet.load_weights = load
+        self._fleet.load_weights = lambda url, version: trainer.push([url], version)
+        if self._fleet.external:
+            self._fleet.external.publish = lambda version: trainer.push([], version, self._place)
 
     async def generate(self, step: int, policy_version: int) -> GroupsRef:
         """Generate and score a step's groups; the servers hold ``policy_version``, or newer later.
@@ -189,22 +183,23 @@ class RolloutManager:
         await self._show(self._hooks.batch_samples, "batch_samples", samples, groups.step)
         return ref
 
-    async def hold(self, version: int) -> list[str]:
-        """Stop all generation between two tokens, for the weights of ``version``; the servers' URLs.
+    async def hold(self, version: int) -> tuple[list[str], str]:
+        """Stop all generation between two tokens, for the weights of ``version``; see :meth:`targets`.
 
         Answers in flight go on from where they stand after :meth:`release`.
         """
         if self._fleet is not None and self._client is not None:
             await self._client.hold()
             await self._fleet.wake(WEIGHTS)
-        return await self.server_urls()
+        return await self.targets()
 
-    async def release(self, version: int) -> None:
-        """Let generation go on, under the weights of ``version``."""
+    async def release(self, version: int) -> list[str]:
+        """Let generation go on, under the weights of ``version``; what befell servers of others."""
         if self._fleet is not None and self._client is not None:
             await self._fleet.wake()
             await self._fleet.update(version)
             self._client.release()
+        return self._notices()
 
     async def sleep(self) -> float:
         """Leave the GPU to the trainer: the servers give back all memory that they can; seconds.
@@ -236,18 +231,6 @@ class RolloutManager:
                 raise
             return done
 
-    async def pause(self) -> None:
-        """Hold every server between two tokens, e.g. while weights change under long requests."""
-        await self._post("/pause_generation", {"mode": "retract"})
-
-    async def resume(self) -> None:
-        """Let paused servers go on."""
-        await self._post("/continue_generation", {})
-
-    async def flush(self) -> None:
-        """Empty every server's prefix cache: it holds keys and values of other weights."""
-        await self._post("/flush_cache", {})
-
     async def stop(self) -> None:
         """End servers and router."""
         for task in self._running.values():
@@ -256,8 +239,8 @@ class RolloutManager:
             await producer.collector.cancel()
         for dataset in self._datasets if self._production else []:
             await dataset.grader.stop()
-        if self._teacher is not None:
-            await self._teacher.stop()
+        for frozen in self._frozen.values():
+            await frozen.stop()
         if self._client is not None:
             await self._client.close()
         if self._fleet is not None:
@@ -266,7 +249,7 @@ class RolloutManager:
 
     async def _start_servers(self) -> None:
         rollout = self._rollout
-        if not rollout.servers:
+        if not rollout.generates:
             return
         self._fleet = Fleet(
             self._model,
@@ -276,6 +259,7 @@ class RolloutManager:
             self._device,
             self._log_dir,
             shares_gpu=self._shares_gpu,
+            run=self._run,
         )
         await self._fleet.start()
         self._client = GenerateClient(
@@ -284,15 +268,24 @@ class RolloutManager:
             max_retries=rollout.max_retries,
             wait_ready=self._fleet.wait_ready,
             abort=self._fleet.abort,
+            weights=self._fleet,
+            give_up_s=GIVE_UP_S if rollout.external else STOP_TIMEOUT_S,
+            affinity=rollout.affinity,
         )
+        self._fleet.recall = self._client.recall
 
-    async def _start_teacher(self) -> None:
-        if (config := self._rollout.teacher) is None:
-            return
-        self._teacher = Teacher(
-            config, self._rollout, self._model, self._router, self._device, self._log_dir
-        )
-        await self._teacher.start()
+    async def _start_frozen(self) -> None:
+        """The models beside the policy. Reward functions, in whatever process, learn the judge's URL
+        from the environment."""
+        rollout = self._rollout
+        for name, config in (("teacher", rollout.teacher), ("judge", rollout.judge)):
+            if config is not None:
+                self._frozen[name] = Frozen(
+                    name, config, rollout, self._model, self._router, self._device, self._log_dir
+                )
+        await asyncio.gather(*(frozen.start() for frozen in self._frozen.values()))
+        if (judge := self._frozen.get("judge")) is not None:
+            os.environ[REWARD_URL] = judge.url
 
     def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -318,7 +311,7 @@ class RolloutManager:
             self._eval_datasets[config.name] = dataset
 
     def _open_production(self) -> Production:
-        rollout, hooks = self._rollout, self._hooks
+        rollout, hooks, teacher = self._rollout, self._hooks, self._frozen.get("teacher")
         buffer = make_buffer(self._training, rollout, hooks, stored_state(self._store, self._run))
         return Production(
             run=self._run,
@@ -333,7 +326,7 @@ class RolloutManager:
                 load_dynamic_filter(hooks.dynamic_filter) if hooks.dynamic_filter else None
             ),
             trained_on=load_trained_on(hooks.sample_filter, rollout.mask_stale),
-            annotate=self._teacher.annotate if self._teacher else None,
+            annotate=Teacher(teacher).annotate if teacher else None,
         )
 
     @property
@@ -370,7 +363,8 @@ class RolloutManager:
             Asked(self._run, step, policy_version, self._engine_name),
         )
         if config.loss:
-            ref, samples = await evaluation.by_loss(self._loss_of)
+            assert self._trainer is not None
+            ref, samples = await evaluation.by_loss(self._trainer.loss_of)
         else:
             async with self._serving(policy_version):
                 ref, samples = await evaluation.by_answers(
@@ -379,18 +373,28 @@ class RolloutManager:
         await self._show(self._hooks.eval_samples, "eval_samples", samples, step)
         return ref
 
-    async def _loss_of(self, samples: list[Sample]) -> dict[str, float]:
-        shared = ray.put(samples)
-        return (await asyncio.gather(*(r.loss_of.remote(shared) for r in self._ranks)))[0]
-
     def _serving(self, policy_version: int) -> AbstractAsyncContextManager[None]:
         return self._fleet.serving(policy_version) if self._fleet else nullcontext()
 
+    @property
+    def _place(self) -> str:
+        others = self._rollout.external
+        return place_of(others.weights, self._run) if others else ""
+
+    def _notices(self) -> list[str]:
+        others = self._fleet and self._fleet.external
+        found = list(others.notices) if others else []
+        if others:
+            others.notices.clear()
+        return found
+
     def _metrics(self, producer: Producer) -> dict[str, float]:
+        others = self._fleet and self._fleet.external
         return {
             **producer.collector.tally.metrics("rollout"),
             **producer.metrics(),
-            **_timings(producer.collector),
+            **producer.collector.timings,
+            **({"rollout/external_servers": float(others.in_service)} if others else {}),
         }
 
     async def _show(self, path: str, kind: HookKind, samples: list[Sample], step: int) -> None:
@@ -409,16 +413,3 @@ class RolloutManager:
                 "generate it first"
             )
         return self._producers[step]
-
-    async def _post(self, path: str, body: Mapping[str, Any]) -> None:
-        if self._fleet is not None:
-            await self._fleet.post(path, body)
-
-
-def _timings(collector: Collector) -> dict[str, float]:
-    tokens = collector.tally.tokens
-    return {
-        **{f"perf/{name}": seconds for name, seconds in collector.seconds.items()},
-        "perf/tokens": float(tokens),
-        "perf/tokens_per_s": tokens / max(collector.seconds["generate_s"], 1e-9),
-    }

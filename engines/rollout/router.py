@@ -40,13 +40,23 @@ class Router:
     """Spreads requests over the servers that are registered; ends with this process."""
 
     def __init__(
-        self, table: Mapping[str, Any], log_dir: Path, device: Device, request_timeout_s: float
+        self,
+        table: Mapping[str, Any],
+        log_dir: Path,
+        device: Device,
+        request_timeout_s: float,
+        *,
+        keyed: bool = False,
     ) -> None:
         self._leases = PortLease(), PortLease()
         port, metrics_port = (lease.port for lease in self._leases)
         self.url = f"http://127.0.0.1:{port}"
         arguments = router_arguments(
-            table, port=port, metrics_port=metrics_port, timeout_s=request_timeout_s
+            table,
+            port=port,
+            metrics_port=metrics_port,
+            timeout_s=request_timeout_s,
+            keyed=keyed,
         )
         self._process = OwnedProcess("router", arguments, log_dir / "router.log", device)
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(30))

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ class ServerInfo:
     pid: int
     """Leads the session of all the server's processes; killing it ends them."""
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutInfo:
+    """What runs, e.g. for a log line; empty lists where the run has no servers."""
+
+    router_url: str
+    server_urls: list[str]
+    pids: list[int]
+    """Session leaders of the servers, then of the router."""
+    manager_pid: int
+    notices: list[str] = field(default_factory=list[str])
+    """What happened meanwhile to servers that somebody else runs."""
 
 
 class ServerActor:

@@ -21,10 +21,10 @@ def server_arguments(
 ) -> dict[str, Any]:
     """Fields of SGLang's ServerArgs for one server on loopback.
 
-    ``table`` is the user's ``[sglang]`` table; it overrides every default, the CPU's included.
-    Raises ValueError for a name that SGLang lacks or that rollflow owns.
+    ``table`` is the user's ``[sglang]`` table, and its group's; it overrides every default, the
+    CPU's included. Raises ValueError for a name that SGLang lacks or that rollflow owns.
     """
-    check_sglang(table)
+    check_sglang({k: v for k, v in table.items() if k != "disaggregation_mode"})
     defaults: dict[str, Any] = {"log_level_http": "warning"}
     if model.random_weights:
         defaults["load_format"] = "dummy"
@@ -59,16 +59,24 @@ def shared_gpu_arguments() -> dict[str, Any]:
 
 
 def router_arguments(
-    table: Mapping[str, Any], *, port: int, metrics_port: int, timeout_s: float
+    table: Mapping[str, Any],
+    *,
+    port: int,
+    metrics_port: int,
+    timeout_s: float,
+    keyed: bool = False,
 ) -> dict[str, Any]:
     """Fields of the router's RouterArgs, on loopback and without workers.
 
-    ``table`` is the user's ``[router]`` table; it overrides every default. Raises ValueError for a
-    name that the router lacks or that rollflow owns.
+    ``table`` is the user's ``[router]`` table; it overrides every default. ``keyed``: requests of
+    one key go to one server. Raises ValueError for a name that the router lacks or that rollflow
+    owns.
     """
     check_router(table)
     defaults = {
-        "policy": "round_robin",
+        # A key that is new goes to the server with the fewest requests.
+        **({"policy": "manual", "assignment_mode": "min_load"} if keyed else {}),
+        **({} if keyed else {"policy": "round_robin"}),
         "log_level": "warn",
         "request_timeout_secs": max(1, round(timeout_s)),
         "worker_startup_check_interval": 1,

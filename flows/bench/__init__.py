@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-PARTS = ("iteration", "recovery", "storage", "training", "conversion", "modes", "gpu")
+PARTS = ("iteration", "recovery", "storage", "training", "conversion", "modes", "tail", "gpu")
 """Modules of this folder, in the order in which they run."""
 ON_REQUEST = ("orchestration",)
 """Modules that run only when they are named: they take a quarter of an hour."""

@@ -45,6 +45,11 @@ def tree(tmp_path):
         (["--data.prompt_key", "question"], "question"),
         (["--trainer.router_replay", "true"], "router_replay = true cannot work with model.path"),
         (["--tensor-model-parallel-size", "2"], "trainer.ranks = 1 is no multiple of 2"),
+        (["--rollout.judge", '{path = "/nowhere"}'], "rollout.judge.path = '/nowhere'"),
+        (
+            ["--rollout.groups", '[{name = "p", role = "prefill"}, {name = "d", role = "decode"}]'],
+            "rollout.groups p, d: the settings are sound, but this version does not start",
+        ),
         (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
         (["--store.url", "nosuch://bucket"], "store.url = 'nosuch://bucket'"),
         (["--store.url", f"{__file__}/store"], "test_preflight.py is a file; give a folder"),
@@ -103,15 +108,31 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
         await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))
 
 
+async def test_a_run_goes_on_with_other_servers_of_somebody_else(tree):
+    url = "http://10.0.0.7:3000{}"
+    for i in range(2):
+        others = f'{{urls = ["{url.format(i)}"], weights = "w"}}'
+        plan = await preflight.fn(build_config(overlay(tree, ["--rollout.external", others])))
+        assert plan.next_step == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--rollout.mode", "async"], "rollout.mode = 'async' generates while the trainer trains"),
         (["--trainer.ranks", "2"], "trainer.ranks = 2 with cluster.colocate = true"),
-        (["--rollout.servers", "2"], "rollout.servers = 2 with cluster.colocate = true"),
+        (
+            ["--rollout.servers", "2"],
+            "rollout.servers and rollout.groups = 2 with cluster.colocate = true",
+        ),
         (
             ["--algorithm.name", "distill", "--rollout.teacher", '{path = "t"}'],
             "there is no GPU for the teacher",
+        ),
+        (["--rollout.judge", '{path = "j"}'], "there is no GPU for the judge"),
+        (
+            ["--rollout.external", '{urls = ["http://a:1"], weights = "w", spares = 1}'],
+            "there is no GPU for a spare",
         ),
         (["--sglang.tp_size", "2"], "GPUs of a server (sglang.tp_size x pp_size) = 2"),
     ],

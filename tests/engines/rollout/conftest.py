@@ -69,7 +69,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A private Ray on loopback; gives the file that names the server to be killed."""
     victim = tmp_path_factory.mktemp("victim") / "pid"
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", VICTIM)}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    paths = [str(Path(__file__).parent), *filter(None, [before["PYTHONPATH"]])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ[VICTIM] = str(victim)
     ref = cluster.connect(ClusterConfig(), "rollout-tests")
     yield victim

@@ -8,6 +8,7 @@ import httpx
 import psutil
 import ray
 
+from rollflow.engines import cluster
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import GenerateContext, GenerateEngine
 from rollflow.engines.rollout import single_turn
@@ -26,6 +27,15 @@ calls = 0
 
 def length(sample: Sample) -> float:
     return float(len(sample.response_ids))
+
+
+def judged(sample: Sample) -> float:
+    """A plain reward, in a process of its own: it asks the judge."""
+    url = os.environ["ROLLFLOW_REWARD_URL"]
+    text = sample.prompt_text + sample.response_text
+    body = {"input": text, "model": "judge"}
+    answer = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).raise_for_status()
+    return answer.json()["data"][0]["embedding"][-1]
 
 
 async def generate_and_kill_a_server(
@@ -51,7 +61,7 @@ class StubTrainer:
         self.folder = folder
         self.pushed: list[tuple[list[str], int]] = []
 
-    def push_weights(self, urls: list[str], version: int) -> None:
+    def push_weights(self, urls: list[str], version: int, place: str = "") -> None:
         self.pushed.append((urls, version))
         for url in urls:
             body = {"model_path": self.folder, "weight_version": str(version), "flush_cache": True}
@@ -61,6 +71,31 @@ class StubTrainer:
 
     def pushes(self) -> list[tuple[list[str], int]]:
         return self.pushed
+
+
+class Listener:
+    """Notes in which order it is called."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def hear(self, name: str) -> None:
+        self.heard.append(name)
+
+    def told(self) -> list[str]:
+        return self.heard
+
+
+class Caller:
+    """A process of its own that calls listeners."""
+
+    def __init__(self, names: list[str], namespace: str) -> None:
+        self.listeners = [ray.get_actor(name, namespace=namespace) for name in names]
+        self.order = ray.get_actor(cluster.ORDER, namespace=namespace)
+
+    async def call(self, who: str, times: int) -> None:
+        for i in range(times):
+            await cluster.hand_out(self.order, self.listeners, "hear", f"{who}{i}")
 
 
 class RolloutParts:
@@ -97,6 +132,10 @@ class RolloutParts:
             str(self.log_dir),
         ]
         self.manager: Any = None
+
+    @property
+    def urls(self) -> list[str]:
+        return self.call("info").server_urls
 
     def call(self, method: str, *args: object) -> Any:
         return ray.get(getattr(self.manager, method).remote(*args), timeout=240)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollflow.engines.rollout.fleet import Fleet, _Slot
+from rollflow.engines.rollout.fleet import Fleet, Slot
 from rollflow.engines.rollout.server import ServerEndedError, ServerInfo
 
 
@@ -17,7 +17,7 @@ async def test_a_server_that_ends_before_the_router_takes_it_is_named_at_once():
         return "server server-0 ended with exit code 247"
 
     actor = SimpleNamespace(wait_for_end=SimpleNamespace(remote=ended))
-    slot = _Slot(0, actor, ServerInfo("http://127.0.0.1:1", 1, 1))
+    slot = Slot(0, actor=actor, info=ServerInfo("http://127.0.0.1:1", 1, 1))
     fleet = SimpleNamespace(router=SimpleNamespace(register=never))
     with pytest.raises(ServerEndedError, match="server-0 ended with exit code 247"):
         async with asyncio.timeout(5):
@@ -31,7 +31,7 @@ async def test_a_server_that_ends_while_it_is_given_weights_again_is_started_aga
 
     class Dying(Fleet):
         def __init__(self):
-            self._slots, self._version = [_Slot(0, info=ServerInfo("http://127.0.0.1:1", 1, 1))], 3
+            self._slots, self._version = [Slot(0, info=ServerInfo("http://127.0.0.1:1", 1, 1))], 3
             self.router = SimpleNamespace(unregister=self._nothing)  # pyright: ignore[reportAttributeAccessIssue]
 
         async def _nothing(self, url):

@@ -1,8 +1,15 @@
 """The rollout engine with real servers, router and store. The tests share one engine, in order."""
 
+import asyncio
+import json
 import os
+import shutil
 import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -10,11 +17,24 @@ import psutil
 import pytest
 import ray
 import torch
+from external_parts import Engine
 from ray.exceptions import RayError
-from rollout_parts import RolloutParts, StubTrainer
+from rollout_parts import Caller, Listener, RolloutParts, StubTrainer
 
 from rollflow.engines import cluster
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.published import place_of, publish_files
+from rollflow.engines.rewards import remote
+from rollflow.engines.rollout.client import GenerateClient, Scope, requests_of
+from rollflow.engines.rollout.config import ExternalConfig, JudgeConfig, RolloutConfig
+from rollflow.engines.rollout.fleet import Fleet
+from rollflow.engines.rollout.frozen import Frozen
+from rollflow.engines.rollout.grader import Grader
+from rollflow.engines.rollout.router import Router
+from rollflow.engines.rollout.server import ServerError, ServerInfo
+from rollflow.engines.rollout.slot import Slot
 from rollflow.storage.manifests import read_batch
+from rollflow.storage.refs import RunRef
 from rollflow.storage.samples import Sample, Status
 
 
@@ -45,9 +65,12 @@ def ask(url: str, seed: int = 0) -> dict[str, Any]:
 
 
 def as_sample(answer: dict[str, Any]) -> Sample:
-    ids, meta = answer["output_ids"], answer["meta_info"]
+    logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+    return sample_of(answer["output_ids"], logprobs)
+
+
+def sample_of(ids: list[int], logprobs: list[float]) -> Sample:
     n = len(ids)
-    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     return Sample(
         run="run", step=0, group_id="g", index=0, prompt_id="p", source_row=0, episode_id="e",
         prompt_text="", response_text="", prompt_ids=[4, 5, 12, 4, 6, 13], response_ids=ids,
@@ -98,7 +121,7 @@ def test_an_evaluation_is_committed_once_and_covers_every_prompt(rollout: Rollou
 
 
 def test_a_seed_gives_the_same_tokens_on_every_server(rollout: RolloutParts):
-    first, second = rollout.call("server_urls")
+    first, second = rollout.urls
     answers = [ask(first, 1), ask(second, 1), ask(first, 2)]
     tokens = [a["output_ids"] for a in answers]
     assert tokens[0] == tokens[1] != tokens[2]
@@ -121,7 +144,7 @@ def test_a_killed_server_loses_no_sample_and_comes_back_with_the_right_weights(
     cluster.start_actor(StubTrainer, "trainer-0", str(rollout.models[1]))
     trainer = cluster.find_actor("trainer-0")
     rollout.call("attach_trainer", ["trainer-0"], "rollout-tests")
-    ray.get(trainer.push_weights.remote(rollout.call("server_urls"), 1))
+    ray.get(trainer.push_weights.remote(rollout.urls, 1))
     before = rollout.call("info")
     ray_cluster.write_text(str(before.pids[0]))
 
@@ -143,6 +166,331 @@ def test_a_killed_server_loses_no_sample_and_comes_back_with_the_right_weights(
         answer = ask(url)
         assert answer["meta_info"]["weight_version"] == "1"
         assert logprob_gap(rollout.models[1], [as_sample(answer)]) < 1e-4
+
+
+@pytest.fixture
+async def engines(rollout: RolloutParts) -> AsyncIterator[list[Engine]]:
+    """Two engines of somebody else, each before a real server."""
+    found = [Engine(url) for url in rollout.urls]
+    for engine in found:
+        await engine.live()
+    yield found
+    for engine in found:
+        await engine.stop()
+
+
+@asynccontextmanager
+async def attached(
+    rollout: RolloutParts, engines: list[Engine], folder: Path, **settings: Any
+) -> AsyncIterator[tuple[Fleet, GenerateClient]]:
+    """A fleet without a server of its own, whose trainer has the second model's weights."""
+    config = RolloutConfig(
+        servers=0,
+        external=ExternalConfig(
+            urls=[e.url for e in engines],
+            weights=str(folder / "weights"),
+            **{"health_every_s": 0.1, "slow_s": 5.0, "timeout_s": 30.0, **settings},
+        ),
+        reward="rollout_parts:length",
+    )
+    run = RunRef("elsewhere", str(folder / "run"))
+    model = ModelConfig(path=str(rollout.models[0]))
+    fleet = Fleet(model, config, {}, {}, "cpu", folder / "logs", run=run)
+    place = place_of(str(folder / "weights"), run)
+
+    async def publish(version: int) -> None:
+        await asyncio.to_thread(publish_files, place, version, rollout.models[1], "float32")
+
+    assert fleet.external
+    fleet.external.publish = publish
+    client = GenerateClient(
+        fleet.router.url, timeout_s=60, max_retries=4, wait_ready=fleet.wait_ready,
+        abort=fleet.abort, weights=fleet, give_up_s=0.5,
+    )  # fmt: skip
+    fleet.recall = client.recall
+    try:
+        await fleet.start()
+        yield fleet, client
+    finally:
+        await client.close()
+        await fleet.stop()
+    assert not Path(place).exists()
+
+
+async def answers(client: GenerateClient, n: int, tokens: int) -> list[Sample]:
+    sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
+    prompt = [4, 5, 12, 4, 6, 13]
+    done = await asyncio.gather(*(client.generate(prompt, sampling, seed) for seed in range(n)))
+    assert [len(c.token_ids) for c in done] == [tokens] * n
+    assert {v for c in done for v in c.policy_versions} == {1}
+    return [
+        replace(sample_of(c.token_ids, c.logprobs), index=i, finish_reason="length")
+        for i, c in enumerate(done)
+    ]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_servers_of_others_get_the_weights_as_files_and_answer_with_them(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    async with attached(rollout, engines, tmp_path) as (fleet, client):
+        async with fleet.serving(1):
+            samples = await answers(client, 8, 32)
+        assert logprob_gap(rollout.models[1], samples) < 1e-4
+        assert all(engine.answers("/generate") > 2 for engine in engines)
+        for version in (2, 3):
+            async with fleet.serving(version):
+                assert fleet.accepts(f"{version}-{fleet.external.label.partition('-')[2]}")
+        [place] = (tmp_path / "weights").iterdir()
+        assert sorted(p.name for p in place.iterdir()) == ["v000002", "v000003"]
+        assert fleet.external.notices == []
+
+
+async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    silent = engines[1]
+    async with (
+        attached(rollout, engines, tmp_path, slow_s=1.3) as (fleet, client),
+        fleet.serving(1),
+    ):
+        work = asyncio.create_task(answers(client, 16, 400))
+        await until(lambda: silent.answers("/generate") > 4)
+        await silent.fall_silent()
+        assert logprob_gap(rollout.models[1], (await work)[::4]) < 1e-4
+        [notice] = fleet.external.notices
+        assert f"{silent.url} gets no requests: a health check took more than 1.3 s" in notice
+        assert fleet.external.in_service == 1
+        await silent.recover()
+        await until(lambda: fleet.external.in_service == 2)
+        asked = silent.answers("/generate")
+        await answers(client, 8, 4)
+        assert silent.answers("/generate") > asked
+
+
+async def test_weights_that_somebody_else_loaded_answer_no_request(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    async with (
+        attached(rollout, engines, tmp_path, health_every_s=1.0) as (fleet, client),
+        fleet.serving(1),
+    ):
+        body = {"model_path": str(rollout.models[0]), "weight_version": "7"}
+        async with httpx.AsyncClient(base_url=engines[0].behind, timeout=60) as theirs:
+            answer = await theirs.post("/update_weights_from_disk", json=body)
+            assert answer.raise_for_status().json()["success"]
+        samples = await answers(client, 8, 16)
+        assert logprob_gap(rollout.models[1], samples) < 1e-4
+        [notice, *_] = fleet.external.notices
+        assert f"{engines[0].url} gets no requests: it holds weights '7'" in notice
+        await until(lambda: fleet.external.in_service == 2)
+
+
+async def test_one_that_comes_and_goes_has_to_prove_itself_longer_and_longer(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    async with attached(rollout, engines, tmp_path) as (fleet, _), fleet.serving(1):
+        for times in (1, 2):
+            await engines[0].die()
+            await until(lambda: fleet.external.in_service == 1)
+            notice = fleet.external.notices[-1]
+            assert "Cannot connect" in notice
+            assert f"after {times} good health check" in notice
+            await engines[0].live()
+            await until(lambda: fleet.external.in_service == 2)
+        assert "(left out 2 times)" in notice
+
+
+async def test_where_no_server_is_left_each_is_named_with_its_reason(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    async with attached(rollout, engines, tmp_path, timeout_s=2.0, slow_s=1.3) as (fleet, client):
+        fleet.external.publish = None  # no trainer: the model's own files are published
+        with pytest.raises(ServerError) as caught:
+            async with fleet.serving(1):
+                assert len(await answers(client, 1, 4)) == 1
+                await engines[0].die()
+                await engines[1].fall_silent()
+                await answers(client, 1, 4)
+        assert f"{engines[0].url}: " in str(caught.value)
+        assert f"{engines[1].url}: a health check took more than" in str(caught.value)
+    with pytest.raises(ServerError, match=r"did not answer /health within 0 s"):
+        async with attached(rollout, engines, tmp_path, timeout_s=0.1):
+            pass
+
+
+async def test_a_wrong_engine_is_refused_at_start(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path
+):
+    parts = SimpleNamespace(models=rollout.models)
+    engines[1].lacks = "/update_weights_from_disk"
+    with pytest.raises(ValueError, match=rf"{engines[1].url} is SGLang .*, which has no /update"):
+        async with attached(rollout, engines, tmp_path):
+            pass
+    engines[1].lacks = ""
+    for change, message in (
+        ({"vocab_size": 20}, "another vocabulary than the policy's 20 tokens"),
+        ({"vocab_size": 10}, "another vocabulary than the policy's 10 tokens"),
+        ({"architectures": ["LlamaForCausalLM"]}, r"the policy is a \['LlamaForCausalLM'\]"),
+    ):
+        policy = tmp_path / "policy"
+        shutil.copytree(rollout.models[0], policy, dirs_exist_ok=True)
+        config = json.loads((rollout.models[0] / "config.json").read_text())
+        (policy / "config.json").write_text(json.dumps({**config, **change}))
+        parts.models = (policy, rollout.models[1])
+        with pytest.raises(ValueError, match=message):
+            async with attached(parts, engines, tmp_path):  # pyright: ignore[reportArgumentType]
+                pass
+
+
+async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
+    rollout: RolloutParts, engines: list[Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ours = engines[1].behind
+
+    async def never_ends() -> str:
+        return await asyncio.get_running_loop().create_future()
+
+    async def stop() -> None:
+        pass
+
+    async def bring_up(fleet: Fleet, slot: Slot) -> None:
+        verbs = {"wait_for_end": never_ends, "stop": stop}
+        slot.actor = SimpleNamespace(**{k: SimpleNamespace(remote=v) for k, v in verbs.items()})
+        slot.info = ServerInfo(ours, 0, 0)
+
+    monkeypatch.setattr(Fleet, "_bring_up", bring_up)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    async with attached(rollout, engines[:1], tmp_path, spares=1) as (fleet, client):
+
+        async def load(url: str, version: int) -> None:
+            await asyncio.to_thread(
+                StubTrainer(str(rollout.models[1])).push_weights, [url], version
+            )
+
+        fleet.load_weights = load
+        async with fleet.serving(1):
+            await engines[0].die()
+            samples = await answers(client, 4, 16)
+            assert logprob_gap(rollout.models[1], samples) < 1e-4
+            await until(lambda: len(fleet.external.notices) == 2)
+            assert "spare-0 of our own was started" in fleet.external.notices[1]
+
+
+@pytest.mark.parametrize("policy", [{}, {"policy": "consistent_hashing"}])
+async def test_requests_of_a_group_go_to_one_server_as_long_as_it_is_up(
+    engines: list[Engine], tmp_path: Path, policy: dict[str, str]
+):
+    async def ready() -> None:
+        pass
+
+    router = Router(policy, tmp_path, "cpu", 60, keyed=True)
+    client = GenerateClient(
+        router.url, timeout_s=60, max_retries=4, wait_ready=ready, affinity="group"
+    )
+
+    async def ask(group: int, index: int) -> None:
+        with requests_of(Scope(), set(), f"group-{group}#{index}"):
+            await client.generate([4, group], {"max_new_tokens": 1}, index)
+
+    try:
+        await router.wait_until_up(60)
+        for engine in engines:
+            await router.register(engine.url, 60)
+        await asyncio.gather(*(ask(i % 12, i // 12) for i in range(48)))
+        first, second = (engine.prompts for engine in engines)
+        assert first | second == {(4, i) for i in range(12)}
+        assert first & second == set()
+        assert first
+        assert second
+        await engines[0].die()
+        await asyncio.gather(*(ask(i, 5) for i in range(12)))
+        assert len(engines[1].prompts) == 12
+    finally:
+        await client.close()
+        await router.stop()
+
+
+def reward_model(folder: Path, policy: Path) -> Any:
+    """A random reward model with the policy's tokenizer, kept in ``folder``.
+
+    SGLang's head has a bias, which transformers' has not: where a file lacks it, it is random.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+
+    torch.manual_seed(7)
+    config = Qwen3Config.from_pretrained(policy, num_labels=1)
+    model = Qwen3ForSequenceClassification(config).float().eval()
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "score.bias": torch.tensor([0.25])}, folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.save_pretrained(folder)
+
+    def score(text: str) -> float:
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer.encode(text)])).logits.item() + 0.25
+
+    return score
+
+
+async def test_a_judge_served_by_sglang_is_reached_by_both_kinds_of_rewards(
+    ray_cluster: Path,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    score = reward_model(tmp_path / "judge", models[0])
+    config = JudgeConfig(path=str(tmp_path / "judge"), sglang={"is_embedding": True})
+    settings = RolloutConfig(reward="rollout_parts:length")
+    policy = ModelConfig(path=str(models[0]))
+    judge = Frozen("judge", config, settings, policy, {}, "cpu", tmp_path)
+    graders = [Grader(f, 60) for f in ("rollout_parts:judged", f"{remote.__name__}:sglang")]
+    samples = [
+        replace(sample_of([4, 5], [0.0, 0.0]), prompt_text=f"1{i}+20=", response_text=f"3{i}")
+        for i in range(4)
+    ]
+    try:
+        await judge.start()
+        monkeypatch.setenv(remote.URL, judge.url)
+        for grader in graders:
+            await grader.start()
+            scored = await grader.score_group(samples)
+            for sample in scored:
+                assert sample.reward == pytest.approx(
+                    score(sample.prompt_text + sample.response_text), abs=1e-4
+                ), sample.metadata
+        assert len({sample.reward for sample in scored}) == 4
+    finally:
+        for grader in graders:
+            await grader.stop()
+        await judge.stop()
+
+
+async def test_calls_of_two_processes_reach_all_ranks_in_one_order(ray_cluster: Path):
+    ranks, callers = ["rank-0", "rank-1", "rank-2"], ["caller-0", "caller-1"]
+    cluster.start_order()
+    for name in ranks:
+        cluster.start_actor(Listener, name)
+    for name in callers:
+        cluster.start_actor(Caller, name, ranks, "rollout-tests")
+    started = [cluster.find_actor(name).call.remote(f"{name}:", 200) for name in callers]
+    for i in range(200):
+        await cluster.call(ranks, "hear", f"flow:{i}", timeout_s=60)
+    await asyncio.gather(*started)
+    first, second, third = await cluster.call(ranks, "told", timeout_s=60)
+    assert len(first) == 600
+    assert first == second == third
+    cluster.kill_actors([*callers, cluster.ORDER])
+    with pytest.raises(cluster.EngineDiedError, match="engine 'order' is not running"):
+        await cluster.call(ranks, "told", timeout_s=60)
+    cluster.kill_actors(ranks)
 
 
 def test_no_process_outlives_a_manager_that_was_killed(rollout: RolloutParts):
