@@ -25,6 +25,7 @@ def test_best_median_and_worst_are_by_reward_whatever_order_they_were_written_in
     samples = [replace(make_sample(0, i), reward=r) for i, r in enumerate(rewards)]
     seen = glance(store, commit(store, run, samples, groups=1))
     assert seen.rewards == sorted(rewards)
+    assert seen.worst and seen.median and seen.best
     assert (seen.worst.reward, seen.median.reward, seen.best.reward) == (-1.0, 0.5, 2.0)
     assert seen.best.sample_id == samples[1].sample_id
 

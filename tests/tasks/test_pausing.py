@@ -26,6 +26,7 @@ def test_prefect_ends_no_task_until_the_step_is_done(request_):
         raise_if_flow_run_suspension_requested()  # what Prefect does around every task
         with pytest.raises(Pause) as raised:
             boundary.pause()
+    assert raised.value.state
     assert raised.value.state.name == "Suspended"
 
 

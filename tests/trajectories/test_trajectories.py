@@ -25,8 +25,8 @@ from rollflow.engines.config import ClusterConfig
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.rollout.client import GenerateClient
 from rollflow.engines.rollout.fleet import Fleet
+from rollflow.engines.rollout.frozen import Frozen
 from rollflow.engines.rollout.manager import RolloutManager
-from rollflow.engines.rollout.teacher import Teacher
 from rollflow.flows.arguments import load_config, recipes
 from rollflow.flows.config import RunConfig
 from rollflow.flows.recipes import arithmetic
@@ -50,7 +50,7 @@ class Started:
 
     folder: Path
     fleet: Fleet
-    teacher: Teacher
+    teacher: Frozen
 
     def config(self, recipe: str) -> RunConfig:
         words = (*words_of(recipe, str(self.folder)), "--steps", str(STEPS))
@@ -71,13 +71,14 @@ class Manager(RolloutManager):
                 max_retries=2,
                 wait_ready=self._fleet.wait_ready,
                 abort=self._fleet.abort,
+                weights=self._fleet,
             )
 
-    async def _start_teacher(self) -> None:
-        self._teacher = self.started.teacher if self._rollout.teacher else None
+    async def _start_frozen(self) -> None:
+        self._frozen = {"teacher": self.started.teacher} if self._rollout.teacher else {}
 
     async def stop(self) -> None:
-        self._fleet = self._teacher = None
+        self._fleet, self._frozen = None, {}
         await super().stop()
 
 
@@ -91,8 +92,14 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sta
     ref = cluster.connect(ClusterConfig(), "trajectories")
     fleet = Fleet(config.model, config.rollout, config.sglang, config.router, "cpu", folder)
     assert config.rollout.teacher is not None
-    teacher = Teacher(
-        config.rollout.teacher, config.rollout, config.model, config.router, "cpu", folder
+    teacher = Frozen(
+        "teacher",
+        config.rollout.teacher,
+        config.rollout,
+        config.model,
+        config.router,
+        "cpu",
+        folder,
     )
     try:
         await asyncio.gather(fleet.start(), teacher.start())
@@ -124,7 +131,7 @@ async def few_steps(started: Started, recipe: str) -> Trajectory:
         rank.restore(None)
         for step in range(EXACT_STEPS):
             if config.rollout.servers:
-                pushed = rank.push_weights(await manager.server_urls(), step)
+                pushed = rank.push_weights((await manager.info()).server_urls, step)
                 assert not pushed.failed
             groups = await manager.score(await manager.generate(step, step))
             batch = await manager.write(groups)
