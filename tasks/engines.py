@@ -182,7 +182,8 @@ async def _start_trainer(
     platform: Platform,
     timeout_s: float,
 ) -> None:
-    if len(engines.ranks) > 1:
+    first, *others = engines.ranks
+    if others:
         cluster.start_order()
     for rank, name in enumerate(engines.ranks):
         cluster.start_actor(
@@ -204,7 +205,7 @@ async def _start_trainer(
             gpus=platform.gpus_per_engine(shared=config.cluster.colocate),
             scheduling_strategy=placement.in_bundle(group, rank),
         )
-    master = await cluster.call(engines.ranks[0], "address", timeout_s=timeout_s)
+    master = await cluster.call(first, "address", timeout_s=timeout_s)
     await cluster.call(engines.ranks, "setup", master[0], timeout_s=timeout_s)
 
 

@@ -173,6 +173,8 @@ class ExampleEngine:
     """An engine whose model always says the same."""
 
     tokenizer = _Characters()
+    judge_url = "http://127.0.0.1:9"
+    """Nobody answers there."""
 
     def encode(self, prompt: Prompt) -> list[int]:
         return [ord(c) for c in str(prompt.prompt)]

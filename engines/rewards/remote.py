@@ -42,7 +42,7 @@ async def sglang(sample: Sample) -> float:
     try:
         answer = await _post(f"{url}/classify", {"text": text})
     except httpx.HTTPStatusError as error:
-        if error.response.status_code != httpx.codes.NOT_FOUND:
+        if error.response.status_code != 404:
             raise
         answer = (await _post(f"{url}/v1/embeddings", {"input": text, "model": "default"}))["data"]
     scored: Any = cast(list[Any], answer)[0] if isinstance(answer, list) else answer

@@ -286,7 +286,9 @@ class GenerateClient:
             scope.requests.add(request)
             self._in_flight.add(request)
             try:
-                answer = await self._answer(request, {**body, "rid": request})
+                # A key leads to one server, even a dead one until the router forgets it.
+                headers = self._headers() if attempt == 0 else {}
+                answer = await self._answer(request, {**body, "rid": request}, headers)
                 return read(answer, time.monotonic() - started)
             except (aiohttp.ClientError, TimeoutError, _ServerFaultError) as error:
                 if attempt == self._max_retries:
@@ -301,9 +303,11 @@ class GenerateClient:
             await self._may_send()
         raise AssertionError("unreachable")
 
-    async def _answer(self, request: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(
+        self, request: str, body: dict[str, Any], headers: dict[str, str]
+    ) -> dict[str, Any]:
         """The answer, if it is by weights that count; _GivenUpError once it is waited for no more."""
-        post = self._posts[request] = asyncio.ensure_future(self._post(body))
+        post = self._posts[request] = asyncio.ensure_future(self._post(body, headers))
         try:
             answer = await post
         except asyncio.CancelledError:
@@ -328,8 +332,8 @@ class GenerateClient:
         key = episode if self._affinity == "episode" else episode.rpartition("#")[0]
         return {ROUTING_KEY: key}
 
-    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        async with self._session.post(self._url, json=body, headers=self._headers()) as response:
+    async def _post(self, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+        async with self._session.post(self._url, json=body, headers=headers) as response:
             if response.status >= 500 or response.status in TRANSIENT:
                 raise _ServerFaultError(f"status {response.status}: {await response.text()}")
             if response.status >= 400:

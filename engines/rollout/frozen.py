@@ -35,6 +35,7 @@ class Frozen:
         self._router, self._log_dir = router, log_dir / name
         self._device: Device = device
         self._running = AsyncExitStack()
+        self._client: GenerateClient | None = None
         self._wait = self._wait_for_url
         self.url = config.url.rstrip("/")
         """Where it answers, once it has started."""
@@ -58,16 +59,18 @@ class Frozen:
         await self._running.enter_async_context(fleet.serving(VERSION))
         self.url, self._wait = fleet.router.url, fleet.wait_ready
 
+    @property
     def client(self) -> GenerateClient:
-        """A client of the servers, which is closed when they are stopped."""
-        client = GenerateClient(
-            self.url,
-            timeout_s=self._rollout.request_timeout_s,
-            max_retries=self._rollout.max_retries,
-            wait_ready=self._wait,
-        )
-        self._running.push_async_callback(client.close)
-        return client
+        """Asks its servers; closed when they are stopped. For use on the loop that started them."""
+        if self._client is None:
+            self._client = GenerateClient(
+                self.url,
+                timeout_s=self._rollout.request_timeout_s,
+                max_retries=self._rollout.max_retries,
+                wait_ready=self._wait,
+            )
+            self._running.push_async_callback(self._client.close)
+        return self._client
 
     async def stop(self) -> None:
         """End the servers that it started."""

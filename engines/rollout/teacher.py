@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from rollflow.storage.samples import TEACHER_LOGPROBS, Sample
 
-from .client import GenerateClient
 from .frozen import Frozen
 
 
@@ -14,7 +13,7 @@ class Teacher:
     """Scores samples by a frozen model, which has started."""
 
     def __init__(self, frozen: Frozen) -> None:
-        self._client: GenerateClient = frozen.client()
+        self._frozen = frozen
 
     async def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples, each with the teacher's log-probability (nats) of each response token in
@@ -28,5 +27,5 @@ class Teacher:
     async def _annotated(self, sample: Sample) -> Sample:
         found: list[float] = []
         if sample.response_ids:
-            found = await self._client.logprobs(sample.prompt_ids, sample.response_ids)
+            found = await self._frozen.client.logprobs(sample.prompt_ids, sample.response_ids)
         return replace(sample, metadata={**sample.metadata, TEACHER_LOGPROBS: found})

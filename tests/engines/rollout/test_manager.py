@@ -27,6 +27,7 @@ from rollflow.engines.published import place_of, publish_files
 from rollflow.engines.rewards import remote
 from rollflow.engines.rollout.client import GenerateClient, Scope, requests_of
 from rollflow.engines.rollout.config import ExternalConfig, JudgeConfig, RolloutConfig
+from rollflow.engines.rollout.external import Externals
 from rollflow.engines.rollout.fleet import Fleet
 from rollflow.engines.rollout.frozen import Frozen
 from rollflow.engines.rollout.grader import Grader
@@ -182,7 +183,7 @@ async def engines(rollout: RolloutParts) -> AsyncIterator[list[Engine]]:
 @asynccontextmanager
 async def attached(
     rollout: RolloutParts, engines: list[Engine], folder: Path, **settings: Any
-) -> AsyncIterator[tuple[Fleet, GenerateClient]]:
+) -> AsyncIterator[tuple[Fleet, Externals, GenerateClient]]:
     """A fleet without a server of its own, whose trainer has the second model's weights."""
     config = RolloutConfig(
         servers=0,
@@ -210,7 +211,7 @@ async def attached(
     fleet.recall = client.recall
     try:
         await fleet.start()
-        yield fleet, client
+        yield fleet, fleet.external, client
     finally:
         await client.close()
         await fleet.stop()
@@ -238,17 +239,17 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_servers_of_others_get_the_weights_as_files_and_answer_with_them(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
-    async with attached(rollout, engines, tmp_path) as (fleet, client):
+    async with attached(rollout, engines, tmp_path) as (fleet, others, client):
         async with fleet.serving(1):
             samples = await answers(client, 8, 32)
         assert logprob_gap(rollout.models[1], samples) < 1e-4
         assert all(engine.answers("/generate") > 2 for engine in engines)
         for version in (2, 3):
             async with fleet.serving(version):
-                assert fleet.accepts(f"{version}-{fleet.external.label.partition('-')[2]}")
+                assert fleet.accepts(f"{version}-{others.label.partition('-')[2]}")
         [place] = (tmp_path / "weights").iterdir()
         assert sorted(p.name for p in place.iterdir()) == ["v000002", "v000003"]
-        assert fleet.external.notices == []
+        assert others.notices == []
 
 
 async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
@@ -256,18 +257,18 @@ async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
 ):
     silent = engines[1]
     async with (
-        attached(rollout, engines, tmp_path, slow_s=1.3) as (fleet, client),
+        attached(rollout, engines, tmp_path, slow_s=1.3) as (fleet, others, client),
         fleet.serving(1),
     ):
         work = asyncio.create_task(answers(client, 16, 400))
         await until(lambda: silent.answers("/generate") > 4)
         await silent.fall_silent()
         assert logprob_gap(rollout.models[1], (await work)[::4]) < 1e-4
-        [notice] = fleet.external.notices
+        [notice] = others.notices
         assert f"{silent.url} gets no requests: a health check took more than 1.3 s" in notice
-        assert fleet.external.in_service == 1
+        assert others.in_service == 1
         await silent.recover()
-        await until(lambda: fleet.external.in_service == 2)
+        await until(lambda: others.in_service == 2)
         asked = silent.answers("/generate")
         await answers(client, 8, 4)
         assert silent.answers("/generate") > asked
@@ -277,7 +278,7 @@ async def test_weights_that_somebody_else_loaded_answer_no_request(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
     async with (
-        attached(rollout, engines, tmp_path, health_every_s=1.0) as (fleet, client),
+        attached(rollout, engines, tmp_path, health_every_s=1.0) as (fleet, others, client),
         fleet.serving(1),
     ):
         body = {"model_path": str(rollout.models[0]), "weight_version": "7"}
@@ -286,31 +287,35 @@ async def test_weights_that_somebody_else_loaded_answer_no_request(
             assert answer.raise_for_status().json()["success"]
         samples = await answers(client, 8, 16)
         assert logprob_gap(rollout.models[1], samples) < 1e-4
-        [notice, *_] = fleet.external.notices
+        [notice, *_] = others.notices
         assert f"{engines[0].url} gets no requests: it holds weights '7'" in notice
-        await until(lambda: fleet.external.in_service == 2)
+        await until(lambda: others.in_service == 2)
 
 
 async def test_one_that_comes_and_goes_has_to_prove_itself_longer_and_longer(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
-    async with attached(rollout, engines, tmp_path) as (fleet, _), fleet.serving(1):
+    async with attached(rollout, engines, tmp_path) as (fleet, others, _), fleet.serving(1):
         for times in (1, 2):
             await engines[0].die()
-            await until(lambda: fleet.external.in_service == 1)
-            notice = fleet.external.notices[-1]
+            await until(lambda: others.in_service == 1)
+            notice = others.notices[-1]
             assert "Cannot connect" in notice
             assert f"after {times} good health check" in notice
             await engines[0].live()
-            await until(lambda: fleet.external.in_service == 2)
+            await until(lambda: others.in_service == 2)
         assert "(left out 2 times)" in notice
 
 
 async def test_where_no_server_is_left_each_is_named_with_its_reason(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
-    async with attached(rollout, engines, tmp_path, timeout_s=2.0, slow_s=1.3) as (fleet, client):
-        fleet.external.publish = None  # no trainer: the model's own files are published
+    async with attached(rollout, engines, tmp_path, timeout_s=2.0, slow_s=1.3) as (
+        fleet,
+        others,
+        client,
+    ):
+        others.publish = None  # no trainer: the model's own files are published
         with pytest.raises(ServerError) as caught:
             async with fleet.serving(1):
                 assert len(await answers(client, 1, 4)) == 1
@@ -366,7 +371,7 @@ async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
 
     monkeypatch.setattr(Fleet, "_bring_up", bring_up)
     monkeypatch.setattr(ray, "kill", lambda actor: None)
-    async with attached(rollout, engines[:1], tmp_path, spares=1) as (fleet, client):
+    async with attached(rollout, engines[:1], tmp_path, spares=1) as (fleet, others, client):
 
         async def load(url: str, version: int) -> None:
             await asyncio.to_thread(
@@ -378,8 +383,8 @@ async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
             await engines[0].die()
             samples = await answers(client, 4, 16)
             assert logprob_gap(rollout.models[1], samples) < 1e-4
-            await until(lambda: len(fleet.external.notices) == 2)
-            assert "spare-0 of our own was started" in fleet.external.notices[1]
+            await until(lambda: len(others.notices) == 2)
+            assert "spare-0 of our own was started" in others.notices[1]
 
 
 @pytest.mark.parametrize("policy", [{}, {"policy": "consistent_hashing"}])
@@ -461,12 +466,11 @@ async def test_a_judge_served_by_sglang_is_reached_by_both_kinds_of_rewards(
         monkeypatch.setenv(remote.URL, judge.url)
         for grader in graders:
             await grader.start()
-            scored = await grader.score_group(samples)
-            for sample in scored:
+            for sample in await grader.score_group(samples):
                 assert sample.reward == pytest.approx(
                     score(sample.prompt_text + sample.response_text), abs=1e-4
                 ), sample.metadata
-        assert len({sample.reward for sample in scored}) == 4
+        assert len({score(f"1{i}+20=3{i}") for i in range(4)}) == 4
     finally:
         for grader in graders:
             await grader.stop()
