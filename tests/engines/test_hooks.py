@@ -286,11 +286,7 @@ async def generate(engine, prompt, context):
             return [ord(c) for c in prompt.prompt]
 
         def render(self, prompt, messages, *, add_generation_prompt=True):
-<<<<<<< HEAD
             raise NotImplementedError
-=======
-            return ""
->>>>>>> engines
 
         async def generate(self, input_ids, sampling, seed):
             return Completion([ord("4")], [-0.25], "stop", 5)
