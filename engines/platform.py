@@ -32,12 +32,13 @@ class Platform:
             return 0
         return SHARE if shared else 1
 
-    def install_megatron_support(self) -> None:
-        """Make megatron-core usable here. Call before megatron is imported."""
+    def import_megatron(self) -> None:
+        """Import megatron-core and mbridge, on a CPU without what it never calls. Call it before any
+        module of ours that imports them."""
         if self.device == "cpu":
-            from rollflow.engines.cpu import megatron
+            from rollflow.engines.cpu.light_imports import import_megatron
 
-            megatron.install()
+            import_megatron()
 
     def install_sglang_support(self) -> None:
         """Make SGLang usable here. Call before sglang is imported."""

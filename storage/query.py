@@ -177,7 +177,12 @@ def _parquet(
     places = [store.local_path(file.url) for file in files]
     if all(places):  # DuckDB's own reader skips row groups by their statistics
         quoted = ", ".join("'" + str(place).replace("'", "''") + "'" for place in places)
-        return f"SELECT * FROM read_parquet([{quoted}], union_by_name = true)"
+        # Columns that are newer than all of the files are in none of them.
+        connection.register(f"{name}_columns", _SCANNED.empty_table())
+        return (
+            f"SELECT * FROM read_parquet([{quoted}], union_by_name = true) "
+            f'UNION ALL BY NAME SELECT * FROM "{name}_columns"'
+        )
     import pyarrow.dataset as pads
 
     filesystem, _ = store.arrow_place(files[0].url)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollflow.engines.algorithms.config import AlgorithmConfig
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.platform import detect
 from rollflow.engines.weights import PushResult
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.lease import check_fence
@@ -76,6 +77,7 @@ class TrainerRank:
 
     def address(self, host: str = "127.0.0.1") -> str:
         """Where the ranks meet, ``host:port``; called on rank 0, before :meth:`setup` of all."""
+        self._load()
         from . import parallel
 
         self._master = parallel.open_store(host)
@@ -86,6 +88,7 @@ class TrainerRank:
 
         Gives what there is to know about the rank, for reports.
         """
+        self._load()
         from .rank import Rank
 
         model, trainer, megatron, algorithm, gates, temperature, total_steps = self._settings
@@ -197,6 +200,9 @@ class TrainerRank:
                 self._live.leave()
                 self._live = None
                 gc.collect()
+
+    def _load(self) -> None:
+        detect("cuda" if self._device == "cuda" else "cpu").import_megatron()
 
     def _layout(self) -> dict[str, int]:
         megatron = self._settings[2]

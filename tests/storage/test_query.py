@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rollflow.storage import open_run
@@ -109,6 +111,17 @@ def test_compaction_changes_no_answer_and_nothing_of_the_log(store, told, make_s
     assert compact(store, told) == []
     assert query(store, told, sql).to_pylist() == before.to_pylist()
     assert audit_run(store, told).findings == []
+
+
+def test_a_compaction_of_an_older_version_is_read(store, told):
+    sql = "SELECT * FROM samples ORDER BY step, sample_id"
+    before = query(store, told, sql).to_pylist()
+    [file] = compact(store, told)
+    table = pq.read_table(pa.BufferReader(store.get(file.url)))
+    older = pa.BufferOutputStream()
+    pq.write_table(table.drop_columns(["routed_experts"]), older)
+    store.put_atomic(file.url, older.getvalue().to_pybytes())
+    assert query(store, told, sql).to_pylist() == before
 
 
 def file_digest(store, run: RunRef, step: int) -> str:

@@ -1,10 +1,13 @@
 """The CPU support is narrow: nothing of it is left outside, and it nests."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from rollflow.engines.cpu import light_imports
 from rollflow.engines.cpu import megatron as support
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's support")
@@ -55,3 +58,42 @@ def test_a_named_random_state_goes_on_where_it_was_and_leaves_the_default_alone(
     assert not torch.equal(first, second)
     with pytest.raises(ValueError, match="'a'"):
         tracker.add("a", 2)
+
+
+def test_a_trainer_rank_loads_no_compiler_and_no_model_for_images():
+    code = (
+        "import sys\n"
+        "from rollflow.engines.platform import Platform\n"
+        "Platform('cpu', 'gloo').import_megatron()\n"
+        "from rollflow.engines.megatron import rank\n"
+        "left_out = {'torch._dynamo', 'torch._inductor.compile_fx', 'scipy'}\n"
+        "print(sorted(left_out & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_is_compiled_when_it_is_called_gives_what_compiling_gives(monkeypatch):
+    compiled = []
+
+    def compile_now(function, **options):
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(light_imports, "_compile", compile_now)
+
+    @light_imports._compile_when_called(dynamic=True)
+    def double(x):
+        return 2 * x
+
+    assert compiled == []
+    assert [double(2), double(3)] == [4, 6]
+    assert compiled == [{"dynamic": True}]
+
+
+def test_imports_are_left_out_of_tested_versions_alone(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    with pytest.raises(RuntimeError, match=r"megatron-core 9\.9.*0\.16\.1"):
+        light_imports.import_megatron()
