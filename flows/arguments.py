@@ -93,8 +93,10 @@ def merged(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = _copy(tree)
     for key, value in over.items():
         standing = result.get(key)
-        both = isinstance(standing, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(standing, value) if both else value
+        if isinstance(standing, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(standing, value)
+        else:
+            result[key] = value
     return result
 
 

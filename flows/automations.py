@@ -65,8 +65,10 @@ def automations(evaluate: str, tag: str) -> list[AutomationCore]:
             ),
             actions=[
                 ChangeFlowRunState(
+                    name=None,
                     state=StateType.CRASHED,
                     message=f"no heartbeat for {SILENCE_S} s",
+                    force=False,
                 )
             ],
         ),
@@ -86,6 +88,7 @@ def automations(evaluate: str, tag: str) -> list[AutomationCore]:
                     state=StateType.SCHEDULED,
                     name="AwaitingRetry",
                     message="its process died; it goes on from its log on a live worker",
+                    force=False,
                 )
             ],
         ),
@@ -107,13 +110,14 @@ def automations(evaluate: str, tag: str) -> list[AutomationCore]:
                         name: _from_payload(name)
                         for name in ("run", "step", "store", "settings", "training")
                     },
+                    job_variables=None,
                 )
             ],
         ),
     ]
 
 
-def _resource(labels: dict[str, str]) -> ResourceSpecification:
+def _resource(labels: dict[str, str | list[str]]) -> ResourceSpecification:
     return ResourceSpecification(labels)  # pyright: ignore[reportCallIssue]
 
 

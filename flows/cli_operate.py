@@ -5,7 +5,7 @@ import json
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cyclopts import App
 
@@ -143,7 +143,7 @@ def schedule(
     from .arguments import load_config, recipes
 
     if what == "evaluate":
-        parameters: dict[str, object] = {"run": run, "store": {"url": store}}
+        parameters: dict[str, Any] = {"run": run, "store": {"url": store}}
         name = f"evaluate-{run}"
     else:
         resolved = load_config(recipes().get(run, run), words)

@@ -1,6 +1,7 @@
 """What the Prefect server is told: forms, presets, queues, automations."""
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -75,7 +76,8 @@ def test_prefect_yaml_is_what_the_command_writes():
 
 
 def test_automations_watch_our_flow_runs_and_pass_the_event_on_by_its_types():
-    silent, crashed, checkpoint = automations("6f0d3a52-0000-0000-0000-000000000000", "rollflow")
+    found: list[Any] = automations("6f0d3a52-0000-0000-0000-000000000000", "rollflow")
+    silent, crashed, checkpoint = found
     for automation in (silent, crashed):
         assert automation.trigger.match_related.model_dump() == {
             "prefect.resource.role": "tag",

@@ -31,6 +31,17 @@ def stack(tmp_path_factory):
     print(stack.rollflow("down"))
 
 
+def batch_of(stack, step, dataset=None):
+    store, run = stack.stored("a")
+    return find_batch(store, run, step, dataset)
+
+
+def digest_of(stack, step):
+    batch = batch_of(stack, step)
+    assert batch is not None
+    return batch.digest
+
+
 def test_a_run_that_was_submitted_is_trained_by_the_worker(stack):
     stack.wait("step 3", lambda: stack.status("a")["step"] >= 3)
     assert stack.state("a") == "Running"
@@ -58,7 +69,7 @@ def test_the_run_that_waited_has_the_cluster_while_the_first_is_suspended(stack)
 
 
 def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
-    stack.wait("the evaluation", lambda: find_batch(*stack.stored("a"), 20, "heldout"))
+    stack.wait("the evaluation", lambda: batch_of(stack, 20, "heldout"))
     stack.wait("its flow run", lambda: stack.state("evaluate a") == "Completed")
     [evaluation] = [r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == 19]
     assert evaluation["parameters"]["run"] == "a"
@@ -68,10 +79,10 @@ def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
 
 def test_a_suspended_run_goes_on_where_it_stopped_when_it_is_resumed(stack):
     before = len(step_numbers(*stack.stored("a")))
-    digest = find_batch(*stack.stored("a"), before - 1).digest
+    digest = digest_of(stack, before - 1)
     stack.rollflow("resume", "a")
     stack.wait("new steps", lambda: len(step_numbers(*stack.stored("a"))) > before + 3)
-    assert find_batch(*stack.stored("a"), before - 1).digest == digest
+    assert digest_of(stack, before - 1) == digest
     [flow_run] = stack.flow_runs("a")
     assert flow_run["state_name"] == "Running"
 

@@ -87,7 +87,10 @@ def prefect(database, tmp_path_factory) -> Iterator[str]:
     url, begun = f"http://127.0.0.1:{port}/api", time.monotonic()
     while True:
         try:
-            if httpx.get(f"{url}/health", auth=tuple(AUTH.split(":"))).status_code == 200:
+            if (
+                httpx.get(f"{url}/health", auth=httpx.BasicAuth(*AUTH.split(":"))).status_code
+                == 200
+            ):
                 break
         except httpx.HTTPError:
             pass

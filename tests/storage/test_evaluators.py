@@ -56,7 +56,9 @@ def test_of_two_evaluations_of_one_version_the_first_stands_and_both_are_given_i
     order = [leased, beside] if training_first else [beside, leased]
     first, second = [committed(store, *writers[who.writer]) for who in order]
     assert first.digest == second.digest
-    assert find_batch(store, run, 3, "heldout").digest == first.digest
+    standing = find_batch(store, run, 3, "heldout")
+    assert standing is not None
+    assert standing.digest == first.digest
     assert len(part_names(store, first.url)) == 1  # the other's part is cleared away
 
 
