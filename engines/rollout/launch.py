@@ -31,6 +31,10 @@ if ON_CPU and __name__ == "__mp_main__":
 
     _cpu_support.install()
     _seeded_sampling.install()
+elif __name__ == "__mp_main__":
+    from rollflow.engines.gpu import sampler as _sampler
+
+    _sampler.install()
 
 
 def main() -> int:
@@ -64,6 +68,10 @@ def run_server(arguments: dict[str, Any]) -> None:
         cpu_support.install()
         cpu_support.fork_subprocesses()
         seeded_sampling.install()
+    else:
+        from rollflow.engines.gpu import sampler
+
+        sampler.install()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
