@@ -18,7 +18,7 @@ async def iteration(
     time = progress.time
     batch = await production.batch(step)  # commit point A
     result = await time("train", train_step(engines, batch))
-    sync_s = await production.sync(step + 1)
+    sync = await production.sync(step + 1)
     record = await time("commit", commit_step(config.store, batch, result))  # commit point B
-    metrics = progress.end(record, sync_s)
+    metrics = progress.end(record, sync)
     await report(progress.board, batch, metrics)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,10 +111,10 @@ class Progress:
         self._bars.update(self._bar, description=f"{self._config.name}: {phase}")
         write_status(self._config.name, self._step, phase)
 
-    def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
+    def end(self, record: StepRef, sync: Mapping[str, float]) -> dict[str, float]:
         """Close the step's clock; returns its metrics with the split of its seconds."""
         total = time.perf_counter() - self._step_started
-        metrics = {**record.metrics, "perf/sync_s": sync_s}
+        metrics = {**record.metrics, **sync}
         split = {
             phase: metrics.get(name, 0.0)
             for phase, name in ENGINE_SECONDS.items()

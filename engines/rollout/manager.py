@@ -30,7 +30,7 @@ from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
 from .evaluation import Evaluation
 from .filters import load_dynamic_filter
-from .fleet import WEIGHTS, Fleet
+from .fleet import Fleet
 from .producer import Producer, Production, make_buffer
 from .teacher import Teacher
 from .trained_on import load_trained_on
@@ -194,13 +194,12 @@ class RolloutManager:
         """
         if self._fleet is not None and self._client is not None:
             await self._client.hold()
-            await self._fleet.wake(WEIGHTS)
+            await self._fleet.wake()
         return await self.server_urls()
 
     async def release(self, version: int) -> None:
         """Let generation go on, under the weights of ``version``."""
         if self._fleet is not None and self._client is not None:
-            await self._fleet.wake()
             await self._fleet.update(version)
             self._client.release()
 
