@@ -19,7 +19,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,8 @@ class PushResult:
     """URLs that hold these weights now, verified by checksum and version."""
     failed: tuple[tuple[str, str], ...] = ()
     """(URL, reason) of servers that could not be reached; the others were not held up."""
+    parts: dict[str, float] = field(default_factory=dict[str, float])
+    """Of ``seconds``: ``export`` from the model, ``pack`` into buckets, ``load`` by servers, ``verify``."""
 
 
 class WeightMismatchError(RuntimeError):
@@ -91,6 +93,7 @@ def push(
     transport: Transport | None = None,
     counted: Tally | GpuTally | None = None,
     publication: Publication | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> PushResult:
     """Bring weights to each server under ``version`` and verify what each holds then.
 
@@ -105,6 +108,7 @@ def push(
         WeightMismatchError: a server answered with an error, or holds something else afterwards.
     """
     started = time.perf_counter()
+    parts = {"export": 0.0, "pack": 0.0, "load": 0.0, "verify": 0.0}
     transport = transport or mapped_file
     for_servers = bool(urls) or publication is not None
     tally, named = (counted, named) if counted else tally_for(named, for_servers=for_servers)
@@ -131,15 +135,24 @@ def push(
             meanwhile()
             failed.update((u, r) for u, r in zip(alive, reasons, strict=True) if r)
 
-        for bucket, is_last in _buckets(named):
+        buckets = _buckets(named, bucket_bytes)
+        while True:
+            with _added_to(parts, "export"):
+                bucket, is_last = next(buckets, (None, True))
+            if bucket is None:
+                break
             count = functools.partial(_count, tally, () if counted else bucket)
-            if urls:
-                with transport(bucket) as post:
-                    each(post, version if is_last else None, count)
-            else:
+            if not urls:
                 count()
-        checksums = tally.server_checksums()
-        each(lambda client, version: verify(client, checksums, version), version)
+                continue
+            with contextlib.ExitStack() as sending:
+                with _added_to(parts, "pack"):
+                    post = sending.enter_context(transport(bucket))
+                with _added_to(parts, "load"):
+                    each(post, version if is_last else None, count)
+        with _added_to(parts, "verify"):
+            checksums = tally.server_checksums()
+            each(lambda client, version: verify(client, checksums, version), version)
     if publication is not None:
         publication.finish(tally.digest(), checksums)
     return PushResult(
@@ -149,7 +162,17 @@ def push(
         seconds=time.perf_counter() - started,
         servers=tuple(url for url in urls if url not in failed),
         failed=tuple(failed.items()),
+        parts=parts,
     )
+
+
+@contextlib.contextmanager
+def _added_to(parts: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        parts[name] += time.perf_counter() - started
 
 
 def weights_digest(named: Iterable[Named], like: str = "") -> str:
@@ -390,13 +413,13 @@ def _reason(act: Callable[[httpx.Client, Any], None], client: httpx.Client, argu
     return ""
 
 
-def _buckets(named: Iterable[Named]) -> Iterator[tuple[list[Named], bool]]:
-    """Cut into buckets of at most ``BUCKET_BYTES``, and say which is the last."""
+def _buckets(named: Iterable[Named], bucket_bytes: int) -> Iterator[tuple[list[Named], bool]]:
+    """Cut into buckets of at most ``bucket_bytes``, and say which is the last."""
     bucket: list[Named] = []
     size = 0
     for name, tensor in named:
         tensor_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + tensor_bytes > BUCKET_BYTES:
+        if bucket and size + tensor_bytes > bucket_bytes:
             yield bucket, False
             bucket, size = [], 0
         bucket.append((name, tensor))

@@ -36,6 +36,8 @@ from .weights import (
 KIND = "words-"
 """What a digest of this kind begins with; one of :class:`~.weights.Tally` is plain sha256."""
 
+BUCKET_BYTES = 2 << 30
+"""Of a bucket that a server maps: each costs a request, and as much of the GPU's memory."""
 CHUNK_WORDS = 1 << 24
 KEY_STEP, KEY_MIX = -7046029254386353131, -4658895280553007687
 """Odd numbers of 64 bits: the golden ratio, and a multiplier of splitmix64."""

@@ -97,7 +97,7 @@ async def _train_again(
     batch = replace(batch, run=run)  # its place stays where it is
     result = await progress.time("train", train_step(engines, batch))
     record = await progress.time("commit", commit_step(config.store, batch, result))
-    await progress.report(batch, record, 0.0)
+    await progress.report(batch, record, {"perf/sync_s": 0.0})
 
 
 @dataclass(frozen=True, slots=True)

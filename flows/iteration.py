@@ -19,6 +19,6 @@ async def iteration(
     with told(config.report.tells(step, config.steps)):
         batch = await production.batch(step)  # commit point A
         result = await time("train", train_step(engines, batch))
-        sync_s = await production.sync(step + 1)
+        sync = await production.sync(step + 1)
         record = await time("commit", commit_step(config.store, batch, result))  # commit point B
-        await progress.report(batch, record, sync_s)
+        await progress.report(batch, record, sync)

@@ -3,7 +3,7 @@
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
@@ -125,10 +125,10 @@ class Progress:
         self._bars.update(self._bar, description=f"{self._label}: {phase}")
         write_status(self._label, self._step, phase)
 
-    def end(self, record: StepRef, sync_s: float) -> dict[str, float]:
+    def end(self, record: StepRef, sync: Mapping[str, float]) -> dict[str, float]:
         """Close the step's clock; returns its metrics with the split of its seconds."""
         total = time.perf_counter() - self._step_started
-        metrics = {**record.metrics, "perf/sync_s": sync_s}
+        metrics = {**record.metrics, **sync}
         split = {
             phase: metrics.get(name, 0.0)
             for phase, name in ENGINE_SECONDS.items()
@@ -152,9 +152,9 @@ class Progress:
             "perf/orchestration_s": split["orchestration"],
         }
 
-    async def report(self, batch: BatchRef, record: StepRef, sync_s: float) -> None:
+    async def report(self, batch: BatchRef, record: StepRef, sync: Mapping[str, float]) -> None:
         """Close the step's clock and tell of the step: trackers, artifact, the run's page."""
-        await self._telling.step(batch, self.end(record, sync_s))
+        await self._telling.step(batch, self.end(record, sync))
         await self._arrivals()
 
     async def finish(self, outcome: str) -> RunSummary:

@@ -26,6 +26,29 @@ print(json.dumps(measure(**json.loads(sys.argv[1]))))
 """
 
 
+_GENERATE = """
+import asyncio, json, sys
+from rollflow.engines.rollout.speed import measure
+print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+"""
+
+
+_COPY = """
+import torch
+source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
+target = torch.empty_like(source)
+times = []
+for _ in range(12):
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    target.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    times.append(begin.elapsed_time(end) / 1e3)
+print(2 * source.nbytes / sorted(times)[6])
+"""
+
+
 def gpu_name() -> str:
     """Name of the GPU that torch sees first; empty where it sees none."""
     if detect().device == "cpu":
@@ -38,6 +61,16 @@ def gpu_name() -> str:
 def train_alone(model_path: str, **settings: Any) -> dict[str, Any]:
     """Training steps in a process of their own, with a GPU to itself; see ``engines.megatron.speed``."""
     return json.loads(_alone(_TRAIN, json.dumps({"model_path": model_path, **settings})))
+
+
+def generate_alone(model_path: str, **settings: Any) -> dict[str, Any]:
+    """What a server generates, asked by us and as it is; see ``engines.rollout.speed``."""
+    return json.loads(_alone(_GENERATE, json.dumps({"model_path": model_path, **settings})))
+
+
+def hbm_bytes_per_s() -> float:
+    """What a copy inside the GPU's memory reaches, bytes read plus bytes written; in a process of its own."""
+    return float(_alone(_COPY, ""))
 
 
 async def compare_training(model_path: str, steps: int, samples: int) -> dict[str, Any]:

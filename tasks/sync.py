@@ -1,5 +1,8 @@
 """Bring the trainer's weights to the rollout servers."""
 
+import time
+from collections.abc import Mapping
+
 from prefect import get_run_logger
 
 from rollflow.engines import cluster
@@ -9,7 +12,7 @@ from .grain import step_task
 
 
 @step_task("sync weights")
-async def sync_weights(engines: Engines, version: int) -> float:
+async def sync_weights(engines: Engines, version: int) -> Mapping[str, float]:
     """Push the weights under ``version``; each server's checksum and version are compared.
 
     Answers in flight stop between two tokens and go on under the new weights. A server that is dead
@@ -17,11 +20,12 @@ async def sync_weights(engines: Engines, version: int) -> float:
     these weights before it serves again. Servers of others load what the trainer publishes as files.
 
     Returns:
-        Seconds that the push took; 0 where no server runs.
+        Seconds by metric: ``perf/sync_s`` of the push, its parts, and ``perf/sync_pause_s`` in which
+        nothing could be generated. All are 0 or missing where no server runs.
     """
     if not engines.has_servers:
-        return 0.0
-    timeout_s = engines.timeout_s
+        return {"perf/sync_s": 0.0}
+    started, timeout_s = time.perf_counter(), engines.timeout_s
     [(urls, place)] = await cluster.call(engines.manager, "hold", version, timeout_s=timeout_s)
     results = await cluster.call(
         engines.ranks, "push_weights", urls, version, place, timeout_s=timeout_s
@@ -31,4 +35,8 @@ async def sync_weights(engines: Engines, version: int) -> float:
         get_run_logger().warning(notice)
     for url, reason in results[0].failed:
         get_run_logger().warning("%s did not take version %d: %s", url, version, reason)
-    return results[0].seconds
+    return {
+        **{f"perf/sync_{part}_s": seconds for part, seconds in results[0].parts.items()},
+        "perf/sync_s": results[0].seconds,
+        "perf/sync_pause_s": time.perf_counter() - started,
+    }

@@ -7,8 +7,7 @@ logits, and every probability with it.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from .metrics import AllReduce
 
 _CHUNK_ELEMENTS = 2**25
-_CHUNK_ELEMENTS_ON_GPU = 2**28
 
 
 def target_logprobs(
@@ -28,7 +26,7 @@ def target_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     all_reduce: AllReduce | None = None,
-    chunk_elements: int | None = None,
+    chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities of the targets, entropies of the distributions), both float32 [T], nats.
 
@@ -36,8 +34,8 @@ def target_logprobs(
     vocabulary is split evenly over ranks, ``logits_TV`` holds the columns from ``vocab_start`` on
     and ``all_reduce`` reduces a tensor in place over those ranks. Columns from ``vocab_size`` on
     (counted in the whole vocabulary) are padding and take no part. About ``chunk_elements`` logits
-    are held in float32 at a time; on a GPU the work is compiled and holds fewer. Both results are differentiable in the logits, exactly. A target
-    outside the vocabulary has log-probability NaN.
+    are held in float32 at a time; a GPU that has the whole vocabulary holds none. Both results are
+    differentiable in the logits, exactly. A target outside the vocabulary has log-probability NaN.
 
     Raises ValueError where shapes do not fit or the temperature is not positive.
     """
@@ -50,8 +48,6 @@ def target_logprobs(
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
     width = logits_TV.shape[1]
     columns = width if vocab_size is None else min(width, max(0, vocab_size - vocab_start))
-    if chunk_elements is None:
-        chunk_elements = _CHUNK_ELEMENTS_ON_GPU if logits_TV.is_cuda else _CHUNK_ELEMENTS
     split = _Split(columns, temperature, all_reduce, max(1, chunk_elements // max(1, width)))
     apply = cast(
         Callable[..., tuple[Tensor, Tensor]],
@@ -88,13 +84,7 @@ class _TargetLogprobs(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, logits_TV: Tensor, targets_T: Tensor, split: _Split
     ) -> tuple[Tensor, Tensor]:
-        tokens = logits_TV.shape[0]
-        results_4T = logits_TV.new_empty((4, tokens), dtype=torch.float32)
-        forward_chunk = _for_device(_forward_chunk, logits_TV, split)
-        for start in range(0, tokens, split.chunk_tokens):
-            rows = slice(start, start + split.chunk_tokens)
-            results_4T[:, rows] = forward_chunk(logits_TV[rows], targets_T[rows], split)
-        logprobs_T, entropy_T, highest_T, log_total_T = (row_T.clone() for row_T in results_4T)
+        logprobs_T, entropy_T, highest_T, log_total_T = _forward(logits_TV, targets_T, split)
         ctx.save_for_backward(logits_TV, targets_T, highest_T, log_total_T, entropy_T)
         ctx.set_materialize_grads(False)
         ctx.split = split
@@ -108,43 +98,75 @@ class _TargetLogprobs(torch.autograd.Function):
         logits_TV, targets_T, highest_T, log_total_T, entropy_T = cast(
             tuple[Tensor, Tensor, Tensor, Tensor, Tensor], ctx.saved_tensors
         )
-        split = cast(_Split, ctx.split)
-        zeros_T = torch.zeros_like(entropy_T)
-        on_logprobs_T = zeros_T if grad_logprobs_T is None else grad_logprobs_T
-        on_entropy_T = zeros_T if grad_entropy_T is None else grad_entropy_T
-        grad_TV = torch.empty_like(logits_TV)
-        backward_chunk = _for_device(_backward_chunk, logits_TV, split)
-        for start in range(0, logits_TV.shape[0], split.chunk_tokens):
-            rows = slice(start, start + split.chunk_tokens)
-            grad_TV[rows] = backward_chunk(
-                logits_TV[rows],
-                targets_T[rows],
-                highest_T[rows],
-                log_total_T[rows],
-                entropy_T[rows],
-                on_logprobs_T[rows],
-                on_entropy_T[rows],
-                split,
-            )
-        return grad_TV, None, None
+        if grad_logprobs_T is None:
+            grad_logprobs_T = torch.zeros_like(entropy_T)
+        stats = highest_T, log_total_T, entropy_T
+        gradient_TV = _backward(
+            logits_TV, targets_T, stats, grad_logprobs_T, grad_entropy_T, cast(_Split, ctx.split)
+        )
+        return gradient_TV, None, None
 
 
-_P = ParamSpec("_P")
+def _forward(
+    logits_TV: Tensor, targets_T: Tensor, split: _Split
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probabilities, entropies, highest logits, log-normalisers less these), each [T]."""
+    if (kernels := _kernels(logits_TV, split)) is not None:
+        return kernels.forward(logits_TV, targets_T, split.columns, split.temperature)
+    tokens = logits_TV.shape[0]
+    results_4T = logits_TV.new_empty((4, tokens), dtype=torch.float32)
+    for start in range(0, tokens, split.chunk_tokens):
+        rows = slice(start, start + split.chunk_tokens)
+        results_4T[:, rows] = _forward_chunk(logits_TV[rows], targets_T[rows], split)
+    logprobs_T, entropy_T, highest_T, log_total_T = (row_T.clone() for row_T in results_4T)
+    return logprobs_T, entropy_T, highest_T, log_total_T
 
 
-def _for_device(
-    function: Callable[_P, Tensor], logits_TV: Tensor, split: _Split
-) -> Callable[_P, Tensor]:
-    """The function, or on a GPU one that computes it in a few passes over the logits."""
+def _backward(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    stats: tuple[Tensor, Tensor, Tensor],
+    on_logprobs_T: Tensor,
+    on_entropy_T: Tensor | None,
+    split: _Split,
+) -> Tensor:
+    """Gradient of the logits; ``stats`` are highest logit, log-normaliser less it, and entropy."""
+    if (kernels := _kernels(logits_TV, split)) is not None:
+        return kernels.backward(
+            logits_TV,
+            targets_T,
+            stats,
+            on_logprobs_T,
+            on_entropy_T,
+            split.columns,
+            split.temperature,
+        )
+    if on_entropy_T is None:
+        on_entropy_T = torch.zeros_like(on_logprobs_T)
+    highest_T, log_total_T, entropy_T = stats
+    gradient_TV = torch.empty_like(logits_TV)
+    for start in range(0, logits_TV.shape[0], split.chunk_tokens):
+        rows = slice(start, start + split.chunk_tokens)
+        gradient_TV[rows] = _backward_chunk(
+            logits_TV[rows],
+            targets_T[rows],
+            highest_T[rows],
+            log_total_T[rows],
+            entropy_T[rows],
+            on_logprobs_T[rows],
+            on_entropy_T[rows],
+            split,
+        )
+    return gradient_TV
+
+
+def _kernels(logits_TV: Tensor, split: _Split) -> Any:
+    """The same as one pass over the logits each way, for whole rows on a GPU."""
     if not logits_TV.is_cuda or split.all_reduce is not None:
-        return function
-    return _compiled(function)
+        return None
+    from rollflow.engines.gpu import logprob_kernels
 
-
-@cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    make: Any = cast(Any, torch).compile
-    return make(function, dynamic=True)
+    return logprob_kernels
 
 
 def _backward_chunk(
@@ -165,21 +187,8 @@ def _backward_chunk(
     log_p_cV.masked_fill_(p_cV == 0, 0.0).add_(entropy_c[:, None])
     log_p_cV.mul_(on_entropy_c[:, None]).add_(on_logprobs_c[:, None])
     gradient_cV = p_cV.mul_(log_p_cV).neg_()
-    add = _add_everywhere if logits_cV.is_cuda else _add_at
-    gradient_cV = add(gradient_cV, column_c, on_logprobs_c * here_c)
+    gradient_cV.scatter_add_(1, column_c[:, None], (on_logprobs_c * here_c)[:, None])
     return (gradient_cV / split.temperature).to(logits_cV.dtype)
-
-
-def _add_at(gradient_cV: Tensor, column_c: Tensor, amount_c: Tensor) -> Tensor:
-    """Add one number to one column of each row."""
-    return gradient_cV.scatter_add_(1, column_c[:, None], amount_c[:, None])
-
-
-def _add_everywhere(gradient_cV: Tensor, column_c: Tensor, amount_c: Tensor) -> Tensor:
-    """The same as one pass over all columns, which a compiler fuses with the pass before."""
-    columns_V = torch.arange(gradient_cV.shape[1], device=gradient_cV.device)
-    here_cV = columns_V == column_c[:, None]
-    return gradient_cV + torch.where(here_cV, amount_c[:, None], 0.0)
 
 
 def _forward_chunk(logits_cV: Tensor, targets_c: Tensor, split: _Split) -> Tensor:

@@ -46,6 +46,8 @@ class Needs(NamedTuple):
     values: bool = False
     """Of a critic."""
     teacher_logprobs: bool = False
+    old_in_advantages: bool = False
+    """The advantages are made of old log-probabilities: these are asked for before any update."""
 
 
 Inputs = TypeVar("Inputs", LossInputs, ValueInputs)
@@ -61,6 +63,8 @@ def needs(config: AnyConfig) -> Needs:
         ref_logprobs=config.kl_coef > 0 or config.kl_watch,
         values=config.critic is not None,
         teacher_logprobs=config.teacher_coef > 0,
+        old_in_advantages=config.teacher_coef > 0
+        or (config.kl_coef > 0 and config.kl_in == "reward"),
     )
 
 

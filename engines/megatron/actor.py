@@ -7,6 +7,7 @@ each call by its verb on every rank; what a call gives is the same on all of the
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -140,12 +141,15 @@ class TrainerRank:
                 "train on the batches of a run in their order"
             )
         check_fence(self._store, self._run)
+        started = time.perf_counter()
         samples = read_batch(self._store, batch)
+        read_s = time.perf_counter() - started
         metrics = self._rank_live.train(samples, batch.step)
         self._version = batch.step + 1
-        result = TrainResult(
-            metrics, self._rank_live.digest(), self._version, self._layout(), self._restored_step
-        )
+        started = time.perf_counter()
+        digest = self._rank_live.digest()
+        metrics |= {"perf/read_s": read_s, "perf/digest_s": time.perf_counter() - started}
+        result = TrainResult(metrics, digest, self._version, self._layout(), self._restored_step)
         self._trained = (name, result)
         return result
 

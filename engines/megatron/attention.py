@@ -69,6 +69,14 @@ class PackedSequences(PackedSeqParams):
     """Where token t stands in the concatenation of the groups' ``tokens_N``."""
     experts_TLK: torch.Tensor | None = None
     """Experts that each token goes to in each layer; None where the routers choose."""
+    _turn: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def turn(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cosines, sines) of the tokens' ``angles [T, 1, 1, d]``, both [T, d]: the same in all layers."""
+        if self._turn is None or self._turn[0].dtype is not dtype:
+            flat = angles.flatten(1)
+            self._turn = flat.cos().to(dtype), flat.sin().to(dtype)
+        return self._turn
 
 
 def pack(lengths: list[int], device: str = "cpu", layout: Layout | None = None) -> PackedSequences:

@@ -18,6 +18,10 @@ class TrainerConfig(Config):
     """Packed tokens in one forward and backward; a longer sample gets a micro-batch of its own."""
     updates_per_batch: int = Field(default=1, gt=0)
     """Optimizer updates per batch: its groups are cut into so many mini-batches."""
+    old_logprobs: Literal["auto", "always"] = "auto"
+    """Where old log-probabilities come from. ``auto``: where a batch has one update and nothing else
+    asks for them before it, from the update's own forward pass, of the same weights; the gate on first
+    ratios then holds by construction. ``always``: from a forward pass of their own."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Optimizer updates over which the learning rate rises linearly from 0."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = (

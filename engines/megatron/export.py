@@ -13,6 +13,7 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 from rollflow.engines.published import HuggingFaceFolder
 
 from .model import Model
+from .model_parts import unwrapped
 
 
 def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
@@ -21,7 +22,7 @@ def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
     A tensor may be the model's own: copy it to keep it. Weights that two pipeline stages hold, tied
     embeddings, come once.
     """
-    weights = iter(model.bridge.export_weights(model.chunks))
+    weights = _whole_weights(model) if _holds_all(model) else _gathered_weights(model)
     seen: set[str] = set()
     while True:
         # Entered anew each time: the consumer's own work is not megatron-core's.
@@ -32,6 +33,26 @@ def export_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
         if item[0] not in seen:
             seen.add(item[0])
             yield item[0], item[1].detach()
+
+
+def _gathered_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
+    return iter(model.bridge.export_weights(model.chunks))
+
+
+def _holds_all(model: Model) -> bool:
+    """Whether this rank has every weight, whole; mbridge would ask the other ranks for each."""
+    ranks = model.bridge.mpu
+    return ranks.tp_size == ranks.pp_size == ranks.ep_size == 1
+
+
+def _whole_weights(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """As mbridge exports them from one rank, without a collective."""
+    bridge = model.bridge
+    for chunk in model.chunks:
+        part = unwrapped(chunk)
+        names = bridge._weight_name_mapping_mcore_local_to_global(part, consider_ep=False)
+        for name, parameter in part.named_parameters():
+            yield from zip(*bridge._weight_to_hf_format(names[name], parameter), strict=True)
 
 
 def save_hugging_face(model: Model, source: str, folder: Path, *, write: bool) -> None:

@@ -39,7 +39,7 @@ def logprobs_of(
         return logprobs_M.sum(), logprobs_M.detach()
 
     # What is compiled with gradients rounds as the training pass does, to which this is compared.
-    with torch.set_grad_enabled(model.compiled):
+    with torch.set_grad_enabled(model.on_gpu):
         read = _read_logprobs(model, temperature)
         return _run(model, micro_batches, read, keep, forward_only=True)
 

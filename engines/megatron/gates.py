@@ -52,6 +52,9 @@ def check_mismatch(
 def check_first_update(metrics: Mapping[str, float], step: int) -> None:
     """Before a batch's first update the policy is the old policy: every ratio is exactly 1.
 
+    It compares two forward passes. Where old log-probabilities are those of the pass that trains
+    (``trainer.old_logprobs = "auto"``, one update a batch) there is one, and nothing to find.
+
     Raises:
         GateError: a ratio is not 1, or the PPO-KL is not 0.
     """

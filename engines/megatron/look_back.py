@@ -1,9 +1,10 @@
 """What is computed for a batch before its first update: log-probabilities, values, advantages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from megatron.core import parallel_state
 from torch import Tensor
 
 from rollflow.engines.algorithms.config import PolicyConfig
@@ -25,7 +26,7 @@ class Work:
     """A micro-batch and what was computed for it before the first update.
 
     Tensors are None where the algorithm does not ask for them, and on all pipeline stages but the
-    last.
+    last; old log-probabilities also where the first update's own forward pass gives them.
     """
 
     batch: MicroBatch
@@ -39,7 +40,11 @@ class Work:
 def look_back(
     learner: Learner, work: list[list[Work]], rows: Sequence[Row], step: int
 ) -> tuple[list[list[Work]], dict[str, float]]:
-    """What the models say of the batch as they stand, and the reference; the first gate."""
+    """What the models say of the batch as they stand, and the reference; the first gate.
+
+    The policy is asked only where :func:`needs_own_pass` says so; else :func:`agreement` and the gate
+    are left to the pass that trains.
+    """
     need = needs(learner.algorithm)
     metrics: dict[str, float] = {}
     if need.ref_logprobs:
@@ -49,12 +54,38 @@ def look_back(
     if need.values:
         assert learner.critic is not None
         work = _each(work, "values_M", partial(values_of, learner.critic.model))
-    if need.old_logprobs:
+    if needs_own_pass(learner):
         work = _each(work, "old_logprobs_M", partial(_logprobs, learner))
         metrics = reduce_over_ranks(_mismatch(work))
-        if not any(row.stale for row in rows):
-            check_mismatch(learner.gates, learner.model.dtype_name, metrics, step)
+        check_agreement(learner, metrics, rows, step)
     return work, metrics
+
+
+def needs_own_pass(learner: Learner) -> bool:
+    """Whether old log-probabilities take a forward pass before the first update.
+
+    With one update a batch, the pass that trains is over the weights that they are of.
+    """
+    need, trainer = needs(learner.algorithm), learner.trainer
+    return need.old_logprobs and (
+        trainer.old_logprobs == "always"
+        or trainer.updates_per_batch > 1
+        or need.old_in_advantages
+        or need.values  # a critic that warms up trains no policy
+    )
+
+
+def check_agreement(
+    learner: Learner, metrics: Mapping[str, float], rows: Sequence[Row], step: int
+) -> None:
+    """The gate on ``mismatch/*``, for a batch that one version of the weights sampled."""
+    if not any(row.stale for row in rows):
+        check_mismatch(learner.gates, learner.model.dtype_name, metrics, step)
+
+
+def agreement(logprobs_M: Tensor, batch: MicroBatch) -> Metrics:
+    """``mismatch/*`` of a micro-batch: the policy's log-probabilities against the rollout's."""
+    return mismatch_metrics(logprobs_M, batch.rollout_logprobs_M, batch.weights_M > 0)
 
 
 def value(
@@ -63,7 +94,7 @@ def value(
     """What each token of the whole batch is worth, and what there is to watch of it."""
     metrics, sizes = Metrics(), [len(ws) for ws in work]
     flat = [w for ws in work for w in ws]
-    if all(w.old_logprobs_M is not None for w in flat):  # on the last pipeline stage
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         flat = [_with_advantages(learner, w) for w in flat]
         if isinstance(learner.algorithm, PolicyConfig) and learner.algorithm.whiten:
             whitened = whiten(
@@ -125,7 +156,5 @@ def _mismatch(work: list[list[Work]]) -> Metrics:
     metrics = Metrics()
     for w in (w for ws in work for w in ws):
         if w.old_logprobs_M is not None:
-            trained_M = w.batch.weights_M > 0
-            rollout_M = w.batch.rollout_logprobs_M
-            metrics = metrics.merge(mismatch_metrics(w.old_logprobs_M, rollout_M, trained_M))
+            metrics = metrics.merge(agreement(w.old_logprobs_M, w.batch))
     return metrics

@@ -22,6 +22,7 @@ from .bridges import BRIDGES, HAS_TE, Packed
 from .cost import row_flops
 from .fused import SETTINGS as FUSED
 from .fused import fuse_rotary_positions
+from .fused_layer import fuse_layers
 from .loading import load_hugging_face
 from .model_parts import unwrapped
 from .router_replay import SETTING as REPLAY
@@ -38,7 +39,7 @@ class Model:
     """Pipeline stages on this rank, each wrapped in megatron-core's DistributedDataParallel."""
     hf_config: PretrainedConfig
     dtype: torch.dtype
-    compiled: bool = False
+    on_gpu: bool = False
     """Parts of the layers are compiled, and may round otherwise with gradients than without."""
     trained_tokens_only: bool = False
     """The output layer is applied to the tokens that are asked for, outside megatron-core's model."""
@@ -112,6 +113,7 @@ def build_model(
             load_hugging_face(bridge, parts, config.path, output_layer=not value_head)
     on_gpu = device == "cuda"
     if on_gpu:
+        fuse_layers(chunks)
         fuse_rotary_positions()
     trained_only = on_gpu and settings.tensor_parallel == 1 and not value_head
     return Model(bridge, chunks, hf_config, dtype, on_gpu, trained_only)

@@ -11,6 +11,7 @@ from rollflow.engines.cpu.megatron import cuda_means_cpu
 from .config import TrainerConfig
 from .gates import check_gradient
 from .model import Model
+from .optimizer_state import each_optimizer
 from .settings import Settings
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-6, "min_lr": 0.0, "clip_grad": 1.0}
@@ -41,6 +42,8 @@ def build_optimizer(
         )
     with cuda_means_cpu():
         optimizer = get_megatron_optimizer(config, model.chunks)
+    if model.on_gpu:
+        _fuse(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -60,6 +63,14 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """One kernel for the whole of torch's Adam, which megatron-core takes without others installed."""
+    for one in each_optimizer(optimizer):
+        if isinstance(inner := getattr(one, "optimizer", None), torch.optim.Adam):
+            for group in inner.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def update(

@@ -83,7 +83,8 @@ def restore_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
                 own[name] = part.clone()
         if step and not _counts_in_groups(slot.inner):
             # A tensor of its own for each parameter: every update advances it once.
-            own["step"] = torch.tensor(step)
+            fused = any(group.get("fused") for group in slot.inner.param_groups)
+            own["step"] = torch.tensor(step, device=slot.main.device if fused else "cpu")
         slot.inner.state[slot.main] = own if step else {}
     for inner in {id(s.inner): s.inner for s in _slots(optimizer)}.values():
         if _counts_in_groups(inner):

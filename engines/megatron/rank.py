@@ -18,7 +18,7 @@ from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
 from rollflow.engines.published import Publication
 from rollflow.engines.weights import PushResult, Tally
-from rollflow.engines.weights_on_gpu import GpuTally, cuda_ipc
+from rollflow.engines.weights_on_gpu import BUCKET_BYTES, GpuTally, cuda_ipc
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.samples import Sample
@@ -46,6 +46,8 @@ class Rank:
         self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
         self._counted: Tally | GpuTally | None = None
         """Checksums of the weights as they are, where they are on a GPU and known."""
+        self._exported: list[weights.Named] = []
+        """These weights under their Hugging Face names, until they are pushed."""
 
     @classmethod
     def join(
@@ -121,7 +123,7 @@ class Rank:
 
     def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One batch; the metrics."""
-        self._counted = None
+        self._forget()
         with memory.watched(shares_gpu=self._shares_gpu) as taken:
             metrics = train_on(self._learner, samples, step)
         return metrics | taken
@@ -132,11 +134,11 @@ class Rank:
 
     def digest(self, like: str = "") -> str:
         """Name of the weights as they are, of the kind of ``like``. All ranks take part."""
-        exported = export_weights(self._learner.model)
         if like or not self._shares_gpu:
-            return weights.weights_digest(exported, like)
+            return weights.weights_digest(export_weights(self._learner.model), like)
         if self._counted is None:
-            self._counted = weights.tally_of(exported, for_servers=True)
+            self._exported = list(export_weights(self._learner.model))
+            self._counted = weights.tally_of(self._exported, for_servers=True)
         return self._counted.digest()
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:
@@ -145,7 +147,7 @@ class Rank:
         Raises:
             ValueError: the weights that came back are not those that were saved.
         """
-        self._counted = None
+        self._forget()
         load_checkpoint(self._learner, store, checkpoint)
         if (digest := self.digest(checkpoint.weights_digest)) != checkpoint.weights_digest:
             raise ValueError(
@@ -169,17 +171,23 @@ class Rank:
             Publication(place, version, Path(self._model.path)) if place and sends else None
         )
         result = weights.push(
-            export_weights(self._learner.model),
+            self._exported or export_weights(self._learner.model),
             urls if sends else (),
             version,
             timeout_s=self._learner.trainer.push_timeout_s,
             transport=cuda_ipc if self._shares_gpu else None,
             counted=self._counted,
             publication=publication,
+            bucket_bytes=BUCKET_BYTES if self._shares_gpu else weights.BUCKET_BYTES,
         )
+        self._exported = []
         if self._shares_gpu:
             torch.cuda.empty_cache()  # the buckets' memory is the server's again
         return result
+
+    def _forget(self) -> None:
+        """The weights change: what is known of them is of the past."""
+        self._counted, self._exported = None, []
 
     def leave(self) -> None:
         """Take down the process groups."""

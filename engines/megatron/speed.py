@@ -17,7 +17,7 @@ from .cost import row_flops
 from .model import read_hf_config
 from .rank import Rank
 
-WARM_UP = 5
+WARM_UP = 3
 MATRIX = 8192
 """Rows and columns of the bfloat16 product that is the ceiling."""
 

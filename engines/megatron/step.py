@@ -22,7 +22,7 @@ from .critic import Critic
 from .forward import accumulate_gradients, accumulate_value_gradients, reduce_over_ranks
 from .gates import check_first_update
 from .learner import Learner
-from .look_back import Work, look_back, value
+from .look_back import Work, agreement, check_agreement, look_back, needs_own_pass, value
 from .optimizer import update
 from .parallel import row_layout
 from .router_replay import experts_of
@@ -58,7 +58,7 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
     if learner.critic is not None:
         metrics |= _update_critic(learner.critic, work, step)
     if learner.critic is None or step >= learner.critic.config.warmup_steps:
-        metrics |= _updates(learner, work, step)
+        metrics |= _updates(learner, work, rows, step)
     metrics = derive(metrics)
     train_s = time.perf_counter() - started
     tokens = sum(len(row.tokens_t) for row in rows)
@@ -106,8 +106,11 @@ def _update_critic(critic: Critic, work: list[list[Work]], step: int) -> dict[st
     return reduce_over_ranks(total) | {"critic/grad_norm": sum(norms) / len(norms)}
 
 
-def _updates(learner: Learner, work: list[list[Work]], step: int) -> dict[str, float]:
+def _updates(
+    learner: Learner, work: list[list[Work]], rows: Sequence[Row], step: int
+) -> dict[str, float]:
     """One optimizer update for each mini-batch; metrics are over all of them."""
+    policy, before = needs(learner.algorithm).old_logprobs, needs_own_pass(learner)
     total = Metrics()
     norms: list[float] = []
     rate = 0.0
@@ -120,8 +123,11 @@ def _updates(learner: Learner, work: list[list[Work]], step: int) -> dict[str, f
 
         batches = [w.batch for w in ws]
         piece = accumulate_gradients(learner.model, batches, learner.temperature, loss)
-        if number == 0 and needs(learner.algorithm).old_logprobs:
-            check_first_update(reduce_over_ranks(piece), step)
+        if number == 0 and policy:
+            found = reduce_over_ranks(piece)
+            check_first_update(found, step)
+            if not before:
+                check_agreement(learner, found, rows, step)
         norm, rate = update(learner.optimizer, learner.scheduler, step)
         norms.append(norm)
         total = total.merge(piece)
@@ -136,17 +142,22 @@ def _loss(
     learner: Learner, work: Work, logprobs_M: Tensor, entropy_M: Tensor
 ) -> tuple[Tensor, Metrics]:
     policy = needs(learner.algorithm).old_logprobs
-    return compute_loss(
+    old_M, watched = work.old_logprobs_M, Metrics()
+    if policy and old_M is None:  # these weights are the old ones: the batch has one update
+        old_M = logprobs_M.detach()
+        watched = agreement(old_M, work.batch)
+    loss, metrics = compute_loss(
         learner.algorithm,
         LossInputs(
             logprobs_T=logprobs_M,
             weights_T=work.batch.weights_M,
             entropy_T=entropy_M,
             advantages_T=work.advantages_M,
-            old_logprobs_T=work.old_logprobs_M,
+            old_logprobs_T=old_M,
             ref_logprobs_T=work.ref_logprobs_M,
             rollout_logprobs_T=work.batch.rollout_logprobs_M if policy else None,
             segments_T=work.batch.segments_M,
         ),
         learner.own_loss,
     )
+    return loss, metrics.merge(watched)

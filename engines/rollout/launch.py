@@ -33,6 +33,10 @@ if ON_CPU and __name__ == "__mp_main__":
     _cpu_support.install()
     _seeded_sampling.install()
     _routed_experts.install()
+elif __name__ == "__mp_main__":
+    from rollflow.engines.gpu import sampler as _sampler
+
+    _sampler.install()
 
 
 def main() -> int:
@@ -67,6 +71,10 @@ def run_server(arguments: dict[str, Any]) -> None:
         cpu_support.fork_subprocesses()
         seeded_sampling.install()
         routed_experts.install()
+    else:
+        from rollflow.engines.gpu import sampler
+
+        sampler.install()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"

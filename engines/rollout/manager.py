@@ -35,7 +35,6 @@ from .fleet import Fleet
 from .frozen import Frozen
 from .producer import Producer, Production, make_buffer
 from .server import RolloutInfo
-from .slot import WEIGHTS
 from .teacher import Teacher
 from .trained_on import load_trained_on
 from .trainer import Trainer
@@ -190,13 +189,12 @@ class RolloutManager:
         """
         if self._fleet is not None and self._client is not None:
             await self._client.hold()
-            await self._fleet.wake(WEIGHTS)
+            await self._fleet.wake()
         return await self.targets()
 
     async def release(self, version: int) -> list[str]:
         """Let generation go on, under the weights of ``version``; what befell servers of others."""
         if self._fleet is not None and self._client is not None:
-            await self._fleet.wake()
             await self._fleet.update(version)
             self._client.release()
         return self._notices()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.gpu.sampler import BACKEND as SAMPLER
 from rollflow.engines.platform import Device
 
 from .config import check_router, check_sglang
@@ -30,6 +31,8 @@ def server_arguments(
         defaults["load_format"] = "dummy"
     if device == "cpu":
         defaults |= _cpu_defaults(model)
+    else:
+        defaults["sampling_backend"] = SAMPLER
     owned = {
         "model_path": model.path,
         "dtype": model.dtype,

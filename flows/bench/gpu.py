@@ -1,6 +1,12 @@
-"""One GPU that trainer and server share: training alone, whole iterations, weight sync, memory."""
+"""One GPU that trainer and server share: each of them alone, and whole iterations.
 
+A shape is measured in parts, smaller shapes first; each is printed as it ends, and none is begun that
+would not end in time.
+"""
+
+import json
 import statistics
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,68 +16,152 @@ from rich.console import Console
 from rich.table import Table
 
 from rollflow.flows.arguments import load_config, recipes
+from rollflow.flows.config import RunConfig
 from rollflow.flows.demo import seeded
 from rollflow.flows.recipes import throughput
 from rollflow.flows.train import train
 from rollflow.storage.objects import Store
 from rollflow.storage.steps import read_steps
-from rollflow.tasks.measure import gpu_name, train_alone
+from rollflow.tasks.measure import generate_alone, gpu_name, hbm_bytes_per_s, train_alone
 
-SHAPES = ("0.6b",)
+SHAPES = ("0.6b", "1.7b")
 STEPS = 8
 SETTLED = 3
 """Steps that are not counted: they compile, and take memory for the first time."""
-ALONE = {
-    "samples": 128,
-    "prompt_tokens": 64,
-    "new_tokens": 512,
-    "tokens_per_micro_batch": 18432,
-    "steps": 4,
-}
+LIMIT_S = 480
+"""Seconds after which no part may end, but for those of the first shape."""
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
+RUN_PROMPT_TOKENS = 6
+"""Of the recipe's own prompts, at most."""
+ROWS = {"0.6b": 32, "1.7b": 16}
+"""Samples in a micro-batch."""
+REPEATS = 3
 
 
 async def measure(console: Console) -> dict:
-    """Measure each shape; nothing where torch sees no GPU."""
+    """Measure each shape as far as time allows; nothing where torch sees no GPU."""
     card = gpu_name()
     if not card:
         console.print("bench gpu: torch sees no GPU here; skipped")
         return {"skipped": "no GPU"}
-    facts: dict[str, Any] = {"card": card}
+    started = time.perf_counter()
+    facts: dict[str, Any] = {"card": card, "hbm_bytes_per_s": hbm_bytes_per_s()}
     for shape in SHAPES:
-        facts[shape] = await _measure_shape(shape)
-        _print(shape, card, facts[shape], console)
+        found: dict[str, Any] = {}
+        for name, seconds, part in PARTS:
+            gone_s = time.perf_counter() - started
+            if gone_s + seconds > LIMIT_S and not (shape == SHAPES[0] and part in NEEDED):
+                console.print(f"bench gpu: {gone_s:.0f} s are gone, no time for {shape}: {name}")
+                continue
+            found |= await part(shape)
+            console.print_json(json.dumps({"shape": shape, "part": name, **found}), indent=None)
+        if "mfu" in found:
+            facts[shape] = {"trl_iteration_s": None, **found, **_bound(shape, facts, found)}
+            _print(shape, card, facts[shape], console)
+    facts["seconds"] = time.perf_counter() - started
     return facts
 
 
-async def _measure_shape(shape: str) -> dict[str, Any]:
+def _config(shape: str, *words: str) -> RunConfig:
+    """The throughput recipe with that shape."""
     files = throughput.make(Path(".rollflow/throughput") / shape, shape)
-    alone = train_alone(str(files.model), **ALONE, deterministic=False)
-    exact = train_alone(str(files.model), **ALONE, deterministic=True)
     name = f"bench-gpu-{shape}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    words = ("--steps", str(STEPS), "--model.path", str(files.model), "--data.path")
-    config = load_config(recipes()["throughput_gpu"], seeded(name, 0, *words, str(files.train)))
+    tokens = ROWS[shape] * (RUN_PROMPT_TOKENS + NEW_TOKENS)
+    micro = ("--trainer.max_tokens_per_micro_batch", str(tokens))
+    where = ("--model.path", str(files.model), "--data.path", str(files.train))
+    return load_config(recipes()["throughput_gpu"], seeded(name, 0, *micro, *where, *words))
+
+
+async def _training(shape: str) -> dict[str, Any]:
+    alone = _train_alone(shape, deterministic=True)
+    return {"mfu": alone["mfu"], "train_tokens_per_s": alone["tokens_per_s"], "train_alone": alone}
+
+
+async def _not_deterministic(shape: str) -> dict[str, Any]:
+    alone = _train_alone(shape, deterministic=False)
+    return {"mfu_not_deterministic": alone["mfu"], "train_alone_not_deterministic": alone}
+
+
+def _train_alone(shape: str, *, deterministic: bool) -> dict[str, Any]:
+    return train_alone(
+        _config(shape).model.path,
+        samples=PROMPTS,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        tokens_per_micro_batch=ROWS[shape] * (PROMPT_TOKENS + NEW_TOKENS),
+        steps=REPEATS,
+        deterministic=deterministic,
+    )
+
+
+async def _generation(shape: str) -> dict[str, Any]:
+    config = _config(shape)
+    alone = generate_alone(
+        config.model.path,
+        sglang=dict(config.sglang),
+        vocab_size=throughput.SHAPES[shape]["vocab_size"],
+        prompts=PROMPTS,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        repeats=REPEATS,
+        log_dir=str(Path(".rollflow/logs/speed").resolve()),
+    )
+    return {"generate_fraction_of_raw": alone["fraction_of_raw"], "generate_alone": alone}
+
+
+async def _run(shape: str) -> dict[str, Any]:
+    config = _config(shape, "--steps", str(STEPS))
     summary = await train(config)
     steps = [s.metrics for s in read_steps(Store(config.store), summary.run)][SETTLED:]
-    split = summary.iteration_split_s
+    parts = ("export", "pack", "load", "verify")
     return {
-        "mfu": alone["mfu"],
-        "mfu_deterministic": exact["mfu"],
-        "train_tokens_per_s": alone["tokens_per_s"],
-        "train_alone": alone,
-        "train_alone_deterministic": exact,
-        "generate_fraction_of_raw": None,
-        "iteration_s": split["total"],
-        "iteration_split_s": split,
-        "sync_ms": 1e3 * split["sync"],
-        "orchestration_ms": 1e3 * split["orchestration"],
+        "iteration_s": _median(steps, "perf/step_s"),
+        "iterations_s": [m["perf/step_s"] for m in steps],
+        "iteration_split_s": summary.iteration_split_s,
+        "sync_ms": 1e3 * _median(steps, "perf/sync_s"),
+        "sync_pause_ms": 1e3 * _median(steps, "perf/sync_pause_s"),
+        "sync_parts_ms": {p: 1e3 * _median(steps, f"perf/sync_{p}_s") for p in parts},
+        "orchestration_ms": 1e3 * _median(steps, "perf/orchestration_s"),
         "mismatch_kl": max(m["mismatch/kl"] for m in steps),
         "mismatch_gap_mean": max(m["mismatch/logprob_gap_mean"] for m in steps),
         "generate_tokens_per_s": _median(steps, "perf/tokens_per_s"),
-        "old_logprob_s": _median(steps, "perf/old_logprob_s"),
         "sleep_s": _median(steps, "perf/sleep_s"),
+        "digest_s": _median(steps, "perf/digest_s"),
+        "read_s": _median(steps, "perf/read_s"),
+        "train_s": _median(steps, "perf/train_s"),
         "gpu_free_gib": [m["perf/gpu_free_gib"] for m in steps],
         "gpu_kept_gib": [m["perf/gpu_kept_gib"] for m in steps],
         "gpu_peak_gib": max(m["perf/gpu_peak_gib"] for m in steps),
+    }
+
+
+PARTS = (
+    ("training alone", 80, _training),
+    ("generation alone", 110, _generation),
+    ("whole iterations", 200, _run),
+    ("training, not deterministic", 80, _not_deterministic),
+)
+"""(name, seconds that it takes at most with the starts of its processes, what measures it)."""
+NEEDED = (_training, _generation, _run)
+
+
+def _bound(shape: str, facts: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Share of what memory allows: a step reads all weights, and the keys and values so far.
+
+    Half of the answer's length is the mean of what is there; weights and cache are bfloat16.
+    """
+    if "generate_alone" not in found:
+        return {}
+    model = throughput.SHAPES[shape]
+    head, hidden, layers = (model[k] for k in ("head_dim", "hidden_size", "num_hidden_layers"))
+    queries, groups = (head * model[f"num_{k}_heads"] for k in ("attention", "key_value"))
+    layer = hidden * (2 * queries + 2 * groups + 3 * model["intermediate_size"])
+    weight_bytes = 2 * (layers * layer + hidden * model["vocab_size"])
+    cache_bytes = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS / 2) * 2 * 2 * layers * groups
+    bound = PROMPTS * facts["hbm_bytes_per_s"] / (weight_bytes + cache_bytes)
+    return {
+        "generate_bound_tokens_per_s": bound,
+        "generate_fraction_of_bound": found["generate_alone"]["tokens_per_s"] / bound,
     }
 
 
@@ -82,19 +172,33 @@ def _median(steps: Sequence[dict[str, float]], name: str) -> float:
 def _print(shape: str, card: str, facts: dict[str, Any], console: Console) -> None:
     table = Table("what", "figure", title=f"Qwen3-{shape} with random weights on one {card}")
     rows = {
-        "training alone, tokens/s": f"{facts['train_tokens_per_s']:,.0f}",
+        "training alone, deterministic, tokens/s": f"{facts['train_tokens_per_s']:,.0f}",
         "its share of a measured matrix product's FLOP/s": f"{facts['mfu']:.1%}",
-        "the same, deterministic": f"{facts['mfu_deterministic']:.1%}",
-        "generation, tokens/s": f"{facts['generate_tokens_per_s']:,.0f}",
-        "iteration, s": f"{facts['iteration_s']:.2f}",
-        "weight sync, ms": f"{facts['sync_ms']:.0f}",
-        "orchestration, ms": f"{facts['orchestration_ms']:.0f}",
-        "log-probability mismatch, KL": f"{facts['mismatch_kl']:.2e}",
-        "free for the trainer, GiB": f"{min(facts['gpu_free_gib']):.1f}",
-        "kept by the trainer, GiB, by step": ", ".join(f"{g:.2f}" for g in facts["gpu_kept_gib"]),
     }
+    if "mfu_not_deterministic" in facts:
+        rows["the same, not deterministic"] = f"{facts['mfu_not_deterministic']:.1%}"
+    if "generate_alone" in facts:
+        alone = facts["generate_alone"]
+        rows |= {
+            "generation alone through client and router, tokens/s": f"{alone['tokens_per_s']:,.0f}",
+            "its share of the server asked as it is": f"{facts['generate_fraction_of_raw']:.1%}",
+            "its share of what memory allows": f"{facts['generate_fraction_of_bound']:.1%}",
+            "server: sleep, wake, ms": f"{1e3 * alone['sleep_s']:.0f}, {1e3 * alone['wake_s']:.0f}",
+            "server: memory given back, GiB": f"{alone['freed_gib']:.1f}",
+        }
+    if "iteration_s" in facts:
+        rows |= {
+            "iteration, s": f"{facts['iteration_s']:.2f}",
+            "  generation, tokens/s": f"{facts['generate_tokens_per_s']:,.0f}",
+            "  weight push, ms": f"{facts['sync_ms']:.0f}",
+            "  no generation meanwhile, ms": f"{facts['sync_pause_ms']:.0f}",
+            "  orchestration, ms": f"{facts['orchestration_ms']:.0f}",
+            "log-probability mismatch, KL": f"{facts['mismatch_kl']:.2e}",
+            "free for the trainer, GiB": f"{min(facts['gpu_free_gib']):.1f}",
+            "kept by the trainer, GiB": f"{max(facts['gpu_kept_gib']):.2f}",
+            **{f"  {p}, ms": f"{s * 1e3:.0f}" for p, s in facts["iteration_split_s"].items()},
+            **{f"  push: {p}, ms": f"{ms:.0f}" for p, ms in facts["sync_parts_ms"].items()},
+        }
     for row in rows.items():
         table.add_row(*row)
-    for phase, seconds in facts["iteration_split_s"].items():
-        table.add_row(f"  {phase}, ms", f"{seconds * 1e3:.0f}")
     console.print(table)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollflow.engines.algorithms.logprobs import _add_at, _add_everywhere, target_logprobs
+from rollflow.engines.algorithms.logprobs import target_logprobs
 
 
 def reference(logits, target, temperature):
@@ -196,10 +196,3 @@ def test_misshapen_arguments_are_refused_by_name():
         target_logprobs(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature is 0"):
         target_logprobs(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long), temperature=0.0)
-
-
-def test_adding_at_one_column_is_the_same_as_adding_everywhere_but_there_zero():
-    gradient, columns = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 0])
-    amounts = torch.randn(5)
-    at = _add_at(gradient.clone(), columns, amounts)
-    assert torch.equal(at, _add_everywhere(gradient, columns, amounts))

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rollflow.engines.megatron import checkpoint as checkpoint_module
 from rollflow.engines.megatron.config import TrainerConfig
+from rollflow.engines.megatron.optimizer import _fuse
+from rollflow.engines.megatron.optimizer_state import MOMENTS, restore_optimizer
 from rollflow.engines.weights import weights_digest
 from rollflow.storage.checkpoints import files_folder, find_checkpoint
 from rollflow.storage.integrity import ManifestError
@@ -104,3 +107,30 @@ def test_a_damaged_checkpoint_is_not_loaded(one_rank, run):
 def test_only_the_step_that_was_just_trained_can_be_saved(one_rank):
     with one_rank() as rank, pytest.raises(ValueError, match="checkpoint of step 3"):
         rank.save(3)
+
+
+def test_fused_adam_goes_on_from_what_was_saved_of_it():
+    """On a GPU the count of updates stands beside the parameter; a CPU has the fused kernel too."""
+    weights = [torch.randn(5, 3) for _ in range(2)]
+    gradients = [torch.randn(5, 3) for _ in range(4)]
+    found = []
+    for stop in (None, 2):
+        parameter = torch.nn.Parameter(weights[0].clone())
+        inner = torch.optim.AdamW([parameter], lr=0.1)
+        one = SimpleNamespace(
+            optimizer=inner, is_stub_optimizer=False, config=SimpleNamespace(optimizer="adam")
+        )
+        _fuse(one)  # pyright: ignore[reportArgumentType]
+        assert all(group["fused"] and not group["foreach"] for group in inner.param_groups)
+        for number, gradient in enumerate(gradients):
+            if number == stop:
+                state = {k: v.clone() for k, v in inner.state[parameter].items()}
+                loaded = {
+                    "step": float(state["step"]),
+                    "state": {f"0.{k}": state[k] for k in MOMENTS["adam"]},
+                }
+                restore_optimizer(one, loaded)
+            parameter.grad = gradient.clone()
+            inner.step()
+        found.append(parameter.detach())
+    assert torch.equal(*found)

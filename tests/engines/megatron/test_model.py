@@ -11,7 +11,8 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.cpu.megatron import cuda_means_cpu
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.attention import pack
-from rollflow.engines.megatron.export import export_weights
+from rollflow.engines.megatron.export import _gathered_weights, export_weights
+from rollflow.engines.megatron.fused_layer import after_attention, before_attention, fuse_layers
 from rollflow.engines.megatron.model import build_model
 from rollflow.engines.megatron.settings import split_settings
 
@@ -52,6 +53,21 @@ def logits_of(model, sequences):
         )[0]
 
 
+def logits_and_gradients(model, sequences):
+    packed = pack([len(s) for s in sequences])
+    [chunk] = model.chunks
+    chunk.zero_grad_buffer()
+    with cuda_means_cpu():
+        logits = chunk(
+            input_ids=torch.cat(sequences)[None],
+            position_ids=packed.positions_T[None],
+            attention_mask=None,
+            packed_seq_params=packed,
+        )[0]
+        logits.log_softmax(-1)[:, 3].sum().backward()
+    return logits.detach(), {n: p.main_grad.clone() for n, p in chunk.named_parameters()}
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -82,6 +98,41 @@ def test_packed_logprobs_equal_transformers_and_weights_leave_as_they_came(
     own = load_file(path / "model.safetensors")
     assert exported.keys() == own.keys()
     assert all(torch.equal(exported[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "fused"),
+    [
+        ("qwen3", {}, 2),
+        ("qwen3", {"num_key_value_heads": 4}, 2),
+        ("qwen2", {}, 2),
+        ("llama", {}, 2),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, 1),
+        ("glm4", {}, 0),
+    ],
+)
+def test_a_layer_in_two_functions_computes_what_its_modules_do(
+    build, make_model, family, config, fused
+):
+    model = build(make_model(family, **config))
+    sequences = [torch.randint(0, 24, (n,)) for n in LENGTHS]
+    expected, gradients = logits_and_gradients(model, sequences)
+    assert fuse_layers(model.chunks, (before_attention, after_attention)) == fused
+    found, others = logits_and_gradients(model, sequences)
+    assert (found - expected).abs().max() < 1e-5
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_rank_that_holds_all_exports_what_mbridge_does(build, make_model):
+    for family in ("qwen3", "qwen2", "glm4", "qwen3_moe"):
+        model = build(make_model(family))
+        with cuda_means_cpu():
+            expected = dict(_gathered_weights(model))
+        found = dict(export_weights(model))
+        assert [*found] == [*expected]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_tied_model_does_not_change_how_a_later_untied_one_is_mapped(build, make_model):

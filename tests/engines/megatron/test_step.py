@@ -1,14 +1,26 @@
 """A step does what the algorithm says, the same way every time, and stops when a number is off."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rollflow.engines.algorithms.config import DapoConfig, GrpoConfig, SftConfig
+from rollflow.engines.algorithms.config import (
+    CispoConfig,
+    CorrectionConfig,
+    DapoConfig,
+    DistillConfig,
+    GrpoConfig,
+    PpoConfig,
+    ReinforcePlusPlusConfig,
+    SftConfig,
+)
+from rollflow.engines.megatron import look_back
 from rollflow.engines.megatron.config import GatesConfig, TrainerConfig
 from rollflow.engines.megatron.gates import GateError, check_gradient, check_mismatch
+from rollflow.engines.megatron.look_back import needs_own_pass
 
 
 def reference_logprobs(model, sample, temperature=1.0):
@@ -94,13 +106,59 @@ def test_the_same_inputs_give_bit_equal_weights(one_rank, run):
 
 def test_the_first_update_has_ratio_one_and_a_second_one_has_not(one_rank, run):
     batch = run.commit(0)
-    with one_rank() as rank:
+    with one_rank(trainer=TrainerConfig(old_logprobs="always")) as rank:
         one = rank.train(batch).metrics
     assert one["train/ratio_max"] == 1
     assert one["train/ppo_kl"] == 0
     with one_rank(trainer=TrainerConfig(updates_per_batch=2)) as rank:
         two = rank.train(batch).metrics
     assert two["train/ratio_max"] > 1
+
+
+@pytest.mark.parametrize("tokens", [4096, 24])
+@pytest.mark.parametrize(
+    "algorithm",
+    [GrpoConfig(), GrpoConfig(kl_coef=0.1, correction=CorrectionConfig()), CispoConfig()],
+)
+def test_the_training_pass_own_logprobs_as_the_old_ones_change_no_bit(
+    one_rank, run, algorithm, tokens, monkeypatch
+):
+    batches = [run.commit(step) for step in range(2)]
+    found, passes = {}, []
+    real = look_back.logprobs_of
+    monkeypatch.setattr(look_back, "logprobs_of", lambda *a: passes.append(1) or real(*a))
+    for old in ("always", "auto"):
+        passes.clear()
+        trainer = TrainerConfig(old_logprobs=old, max_tokens_per_micro_batch=tokens)
+        with one_rank(algorithm=algorithm, trainer=trainer) as rank:
+            results = [rank.train(batch) for batch in batches]
+        found[old] = [
+            (r.weights_digest, {k: v for k, v in r.metrics.items() if "perf/" not in k})
+            for r in results
+        ]
+        reference = len(batches) if algorithm.kl_coef else 0
+        assert len(passes) == reference + (len(batches) if old == "always" else 0)
+    assert found["auto"] == found["always"]
+    assert found["auto"][0][1]["mismatch/logprob_gap_max"] > 0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "trainer", "expected"),
+    [
+        (GrpoConfig(), TrainerConfig(), False),
+        (GrpoConfig(), TrainerConfig(old_logprobs="always"), True),
+        (GrpoConfig(), TrainerConfig(updates_per_batch=2), True),
+        (ReinforcePlusPlusConfig(), TrainerConfig(), True),
+        (DistillConfig(), TrainerConfig(), True),
+        (PpoConfig(kl_coef=0.0), TrainerConfig(), True),
+        (SftConfig(), TrainerConfig(old_logprobs="always"), False),
+    ],
+)
+def test_old_logprobs_take_a_pass_of_their_own_where_something_asks_before_the_update(
+    algorithm, trainer, expected
+):
+    learner = SimpleNamespace(algorithm=algorithm, trainer=trainer)
+    assert needs_own_pass(learner) is expected  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -28,6 +28,7 @@ def test_a_cuda_server_is_given_no_cpu_argument(models: tuple[Path, Path]):
         "port": 21000,
         "random_seed": 5,
         "log_level_http": "warning",
+        "sampling_backend": "rollflow",
     }
 
 

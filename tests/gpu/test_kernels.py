@@ -1,0 +1,118 @@
+"""Kernels of ours compute what plain PyTorch does, and draw from the distribution that they say.
+
+Without a GPU they run in Triton's interpreter, where Triton is installed, in five minutes:
+``TRITON_INTERPRET=1 pytest tests/gpu/test_kernels.py -W ignore::RuntimeWarning``.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from rollflow.engines.algorithms.logprobs import target_logprobs
+
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+)
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ROWS = 1 << (10 if INTERPRETED else 18)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="torch sees no GPU"),
+]
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "columns", "temperature"),
+    [(1, 1, 1, 1.0), (7, 33, 33, 1.0), (9, 4097, 4000, 0.7), (3, 151936, 151936, 1.3)],
+)
+def test_logprobs_and_gradients_of_the_kernels_are_those_of_float64(
+    tokens, vocabulary, columns, temperature, with_entropy
+):
+    from rollflow.engines.gpu import logprob_kernels
+
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, vocabulary) * 4
+    targets = torch.randint(0, columns, (tokens,))
+    on_logprobs, on_entropy = torch.randn(2, tokens)
+    exact = logits.double().requires_grad_()
+    log_p = (exact[:, :columns] / temperature).log_softmax(-1)
+    logprobs, entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    loss = (logprobs * on_logprobs.double()).sum()
+    if with_entropy:
+        loss = loss + (entropy * on_entropy.double()).sum()
+    loss.backward()
+
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    found = logprob_kernels.forward(logits, targets, columns, temperature)
+    gradient = logprob_kernels.backward(
+        logits,
+        targets,
+        (found[2], found[3], found[1]),
+        on_logprobs.to(DEVICE),
+        on_entropy.to(DEVICE) if with_entropy else None,
+        columns,
+        temperature,
+    )
+    assert exact.grad is not None
+    for expected, result in (
+        (logprobs.detach(), found[0]),
+        (entropy.detach(), found[1]),
+        (exact.grad, gradient),
+    ):
+        apart = (result.cpu().double() - expected).norm()
+        assert apart <= 1e-5 * expected.norm() + 1e-6
+
+
+def test_a_target_outside_the_vocabulary_has_no_logprob():
+    from rollflow.engines.gpu import logprob_kernels
+
+    targets = torch.tensor([0, 8, -1], device=DEVICE)
+    logprobs = logprob_kernels.forward(torch.zeros(3, 8, device=DEVICE), targets, 8, 1.0)[0]
+    assert logprobs.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="only tensors on a GPU are given to the kernels")
+def test_a_gpu_s_logprobs_take_the_kernels_and_equal_the_cpu_s():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(40, 5000) * 4, torch.randint(0, 5000, (40,))
+    expected, found = (
+        target_logprobs(logits, targets),
+        target_logprobs(logits.cuda(), targets.cuda()),
+    )
+    for a, b in zip(expected, found, strict=True):
+        assert (a - b.cpu()).abs().max() < 1e-5
+
+
+def test_draws_have_the_distribution_and_the_logprob_of_the_softmax():
+    from rollflow.engines.gpu.sampling_kernel import draw
+
+    torch.manual_seed(0)
+    columns, temperature = 37, 0.8
+    logits = torch.randn(columns, device=DEVICE) * 3
+    expected = (logits.double() / temperature).log_softmax(-1)
+    tokens, logprobs = draw(
+        logits.expand(ROWS, -1), torch.full((ROWS, 1), temperature, device=DEVICE)
+    )
+    assert (logprobs - expected[tokens.long()]).abs().max() < 1e-5
+    counts = torch.bincount(tokens.long(), minlength=columns).double()
+    wanted = expected.exp() * ROWS
+    often = wanted > 5
+    chi_square = ((counts - wanted).square() / wanted)[often].sum()
+    assert chi_square < 90  # at most 36 degrees of freedom: exceeded once in 10^6
+
+
+def test_draws_over_a_large_vocabulary_reach_all_of_it_and_differ_by_row_and_call():
+    from rollflow.engines.gpu.sampling_kernel import draw
+
+    rows, calls = (8, 4) if INTERPRETED else (512, 64)
+    logits = torch.zeros(rows, 151936, device=DEVICE, dtype=torch.bfloat16)
+    ones = torch.ones(rows, 1, device=DEVICE)
+    drawn = torch.stack([draw(logits, ones)[0] for _ in range(calls)]).flatten().double()
+    spread = 5 * (rows * calls) ** -0.5
+    assert drawn.unique().numel() > 0.85 * len(drawn)
+    assert abs(float(drawn.mean()) / 151935 - 0.5) < spread * 12**-0.5
+    assert abs(float(drawn.std()) / 151935 - 12**-0.5) < spread * 12**-0.5
