@@ -27,7 +27,7 @@ TELL_AFTER_S = 5.0
 STOP_TIMEOUT_S = 15.0
 KEEP_EVERY_S = 1.0
 STARTS = 3
-EVENTS_KEPT_S = str(24 * 3600)
+EVENTS_KEPT = "P1D"
 """Events are most of the database: a day of them is enough for automations and the UI's feed."""
 PORTS = range(4200, 4300)
 OTHER_PORTS = range(20000, 30000)
@@ -173,7 +173,7 @@ def _settings() -> dict[str, str]:
     return {
         "PREFECT_HOME": str(HOME.resolve()),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": EVENTS_KEPT_S,
+        "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": EVENTS_KEPT,
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
         "DO_NOT_TRACK": "1",
     }

@@ -90,23 +90,28 @@ class TrainerRank:
         Gives what there is to know about the rank, for reports.
         """
         self._load()
+        from . import parallel
         from .rank import Rank
 
         model, trainer, megatron, algorithm, gates, temperature, total_steps = self._settings
-        self._live = Rank.join(
-            self._rank,
-            self._world_size,
-            self._master if self._rank == 0 else master,
-            model=model,
-            trainer=trainer,
-            megatron=megatron,
-            algorithm=algorithm,
-            gates=gates,
-            temperature=temperature,
-            total_steps=total_steps,
-            device=self._device,
-            shares_gpu=self._shares_gpu,
-        )
+        try:
+            self._live = Rank.join(
+                self._rank,
+                self._world_size,
+                self._master if self._rank == 0 else master,
+                model=model,
+                trainer=trainer,
+                megatron=megatron,
+                algorithm=algorithm,
+                gates=gates,
+                temperature=temperature,
+                total_steps=total_steps,
+                device=self._device,
+                shares_gpu=self._shares_gpu,
+            )
+        except BaseException:
+            parallel.leave()
+            raise
         return self._live.describe()
 
     def restore(self, checkpoint: CheckpointRef | None) -> int:

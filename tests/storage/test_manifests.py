@@ -110,7 +110,7 @@ def test_a_new_writer_lets_stand_what_an_interrupted_one_left_and_the_commit_cle
 def test_two_writers_of_one_epoch_never_replace_a_part(store, run, make_sample):
     one, two = (ShardWriter(store, run, batch_folder(run, 3)) for _ in range(2))
     part = one.append([make_sample(0, 0)])
-    with pytest.raises(ManifestError, match=r"part-0000-00000.*another writer of epoch 0"):
+    with pytest.raises(ManifestError, match=r"part-0000-00000.*another writer 0000"):
         two.append([make_sample(1, 0)])
     assert read_part(store, one.folder, part).column("source_row").to_pylist() == [0]
     assert two.append([make_sample(0, 0)]) == part  # only the answer to the put got lost

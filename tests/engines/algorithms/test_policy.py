@@ -223,11 +223,11 @@ def test_supervised_training_has_no_advantages_and_needs_only_labels():
 
 
 def test_each_algorithm_asks_for_what_it_uses_and_no_more():
-    assert needs(GrpoConfig()) == (True, True, False, False, False)
+    assert needs(GrpoConfig()) == (True, True, False, False, False, False)
     assert needs(GrpoConfig(kl_coef=0.1)).ref_logprobs
     assert needs(GrpoConfig(kl_watch=True)).ref_logprobs
-    assert needs(PpoConfig(kl_coef=0)) == (True, True, False, True, False)
-    assert needs(DistillConfig()) == (False, True, False, False, True)
+    assert needs(PpoConfig(kl_coef=0)) == (True, True, False, True, False, False)
+    assert needs(DistillConfig()) == (False, True, False, False, True, True)
 
 
 @pytest.mark.parametrize(
