@@ -140,11 +140,9 @@ def check_lengths(config: RunSettings) -> None:
     context = config.sglang.get("context_length") or positions
     # A generate function of the user's own decides how long its requests are.
     asked = [("rollout.sampling", config.rollout.sampling)] if not config.rollout.generate else []
-    asked += [
-        (f"evals {e.name}: sampling", e.sampling)
-        for e in config.evals
-        if not (e.generate or e.loss)
-    ]
+    # An evaluation of labels asks no server for answers.
+    answers = [e for e in config.evals if not (e.generate or e.loss)]
+    asked += [(f"evals {e.name}: sampling", e.sampling) for e in answers]
     for field, sampling in asked:
         if context and sampling.max_new_tokens >= context:
             raise ValueError(

@@ -95,15 +95,15 @@ class Fleet:
 
         ServerError names the one of ours that does not come up. ValueError: see ``Externals``.
         """
-        alone = not self._slots and not self._spares
+        ours, alone = list(self._slots), not self._slots and not self._spares
         await asyncio.gather(
             self.router.wait_until_up(START_TIMEOUT_S),
-            *(self._bring_up(slot) for slot in self._slots),
+            *(self._bring_up(slot) for slot in ours),
             *([self.external.start(alone=alone)] if self.external else []),
         )
-        await asyncio.gather(*(self._register(slot) for slot in self._slots))
-        for slot in self._slots:
-            slot.watcher = slot.watcher or asyncio.create_task(self._keep(slot))
+        await asyncio.gather(*(self._register(slot) for slot in ours))
+        for slot in ours:
+            slot.watcher = asyncio.create_task(self._keep(slot))
 
     async def servers(self, at_least: int = 1) -> list[ServerInfo]:
         """The servers that are up; waits for ``at_least`` so many.

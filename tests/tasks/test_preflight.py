@@ -108,6 +108,12 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
         await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))
 
 
+async def test_an_evaluation_of_labels_needs_no_room_for_answers(tree):
+    words = ["--data.path", tree["data"]["path"], "--rollout.servers", "0"]
+    loss = f'[{{name = "labels", loss = true, data = {{path = "{tree["data"]["path"]}"}}}}]'
+    await preflight.fn(build_config(overlay(tree, [*words, "--evals", loss])))
+
+
 async def test_a_run_goes_on_with_other_servers_of_somebody_else(tree):
     url = "http://10.0.0.7:3000{}"
     for i in range(2):

@@ -371,7 +371,9 @@ async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
 
     monkeypatch.setattr(Fleet, "_bring_up", bring_up)
     monkeypatch.setattr(ray, "kill", lambda actor: None)
-    async with attached(rollout, engines[:1], tmp_path, spares=1) as (fleet, others, client):
+    await engines[0].die()
+    settings = {"spares": 1, "timeout_s": 2.0}
+    async with attached(rollout, engines[:1], tmp_path, **settings) as (fleet, others, client):
 
         async def load(url: str, version: int) -> None:
             await asyncio.to_thread(
@@ -380,11 +382,12 @@ async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
 
         fleet.load_weights = load
         async with fleet.serving(1):
-            await engines[0].die()
             samples = await answers(client, 4, 16)
             assert logprob_gap(rollout.models[1], samples) < 1e-4
-            await until(lambda: len(others.notices) == 2)
+            assert f"{engines[0].url} gets no requests" in others.notices[0]
             assert "spare-0 of our own was started" in others.notices[1]
+            await engines[0].live()
+            await until(lambda: others.in_service == 1)
 
 
 @pytest.mark.parametrize("policy", [{}, {"policy": "consistent_hashing"}])
