@@ -257,7 +257,7 @@ async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
 ):
     silent = engines[1]
     async with (
-        attached(rollout, engines, tmp_path, slow_s=1.3) as (fleet, others, client),
+        attached(rollout, engines, tmp_path, slow_s=2.0) as (fleet, others, client),
         fleet.serving(1),
     ):
         work = asyncio.create_task(answers(client, 16, 400))
@@ -265,7 +265,7 @@ async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
         await silent.fall_silent()
         assert logprob_gap(rollout.models[1], (await work)[::4]) < 1e-4
         [notice] = others.notices
-        assert f"{silent.url} gets no requests: a health check took more than 1.3 s" in notice
+        assert f"{silent.url} gets no requests: a health check took more than 2 s" in notice
         assert others.in_service == 1
         await silent.recover()
         await until(lambda: others.in_service == 2)
@@ -310,7 +310,7 @@ async def test_one_that_comes_and_goes_has_to_prove_itself_longer_and_longer(
 async def test_where_no_server_is_left_each_is_named_with_its_reason(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
-    async with attached(rollout, engines, tmp_path, timeout_s=2.0, slow_s=1.3) as (
+    async with attached(rollout, engines, tmp_path, timeout_s=4.0, slow_s=2.0) as (
         fleet,
         others,
         client,
