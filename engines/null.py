@@ -60,12 +60,13 @@ class NullRollout:
         done = find_batch(self._store, self._run, step, name)
         return done or self._commit(step, policy_version, name)
 
-    def hold(self, version: int) -> list[str]:
+    def hold(self, version: int) -> tuple[list[str], str]:
         """No server is held."""
-        return []
+        return [], ""
 
-    def release(self, version: int) -> None:
+    def release(self, version: int) -> list[str]:
         """No server goes on."""
+        return []
 
     def sleep(self) -> float:
         """No memory is given back."""
@@ -162,7 +163,7 @@ class NullTrainer:
             files = store_files(self._store, target, Path(folder), ["hf/weights.txt"])
         return commit_checkpoint(self._store, self._run, step, self._digest, files)
 
-    def push_weights(self, urls: list[str], version: int) -> PushResult:
+    def push_weights(self, urls: list[str], version: int, place: str = "") -> PushResult:
         """Nobody takes the weights."""
         return PushResult(version, self._digest, 0, 0.0)
 

@@ -64,9 +64,9 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A private Ray on loopback; gives the file that names the server to be killed."""
+    """A private Ray on loopback, for one file: another may start one too; gives the file that names the server to be killed."""
     victim = tmp_path_factory.mktemp("victim") / "pid"
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", VICTIM)}
     paths = [str(Path(__file__).parent), *filter(None, [before["PYTHONPATH"]])]
@@ -82,7 +82,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             os.environ[name] = value
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rollout(
     ray_cluster: Path,
     models: tuple[Path, Path],
