@@ -109,7 +109,7 @@ class Mlflow:
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        rows = [Metric(name, value, now, step) for name, value in metrics.items()]
+        rows = [Metric(_allowed(n), value, now, step) for n, value in metrics.items()]
         self._client.log_batch(self._id, metrics=rows)
 
     def close(self) -> None:
@@ -194,6 +194,11 @@ def check_trackers(config: ReportConfig) -> None:
                 f"report.{name} is set but the package {name} is not installed; "
                 f"pip install 'rollflow[{name}]', or leave report.{name} out"
             )
+
+
+def _allowed(name: str) -> str:
+    """A metric's name as MLflow takes it: ``pass_at_4`` for ``pass@4``."""
+    return name.replace("@", "_at_")
 
 
 def _folder(path: str) -> Path:

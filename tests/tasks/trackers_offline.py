@@ -28,7 +28,7 @@ def test_mlflow_has_the_settings_and_every_step_in_one_run_though_it_was_gone_on
         trackers = Trackers(config, RUN, SETTINGS)
         for step in steps:
             trackers.write(step, {"train/loss": 1.0 / (1 + step)})
-        trackers.write(4, {"eval/heldout/reward": 0.5})
+        trackers.write(4, {"eval/heldout/reward": 0.5, "eval/heldout/pass@4": 0.75})
         trackers.close()
         assert not trackers._failures
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/.rollflow/mlflow.db")
@@ -38,6 +38,7 @@ def test_mlflow_has_the_settings_and_every_step_in_one_run_though_it_was_gone_on
     assert [(m.step, m.value) for m in history] == [(s, 1.0 / (1 + s)) for s in range(4)]
     assert run.data.params["rollout.batch_size"] == "4"
     assert run.data.metrics["eval/heldout/reward"] == 0.5
+    assert run.data.metrics["eval/heldout/pass_at_4"] == 0.75
     assert run.info.status == "FINISHED"
 
 
