@@ -53,7 +53,7 @@ trackers: $(TRACKERS)/.installed  ## Write to W&B and MLflow offline and read ba
 	@PYTHONPATH=$(TRACKERS) $(BIN)/pytest -W ignore tests/tasks/trackers_offline.py
 
 operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it must go on by itself (5 minutes)
-	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/test_operated.py
+	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/operated_live.py
 
 ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium
 	@PYTHONPATH=$(UI) $(BIN)/pytest -W ignore tests/flows/in_browser.py
