@@ -40,13 +40,6 @@ class Platform:
 
             import_megatron()
 
-    def install_sglang_support(self) -> None:
-        """Make SGLang usable here. Call before sglang is imported."""
-        if self.device == "cpu":
-            from rollflow.engines.cpu import sglang
-
-            sglang.install()
-
 
 def detect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     """Find the platform; ``auto`` takes the GPU when torch sees one.

@@ -18,9 +18,8 @@ from rollflow.engines.rollout.config import (
     HooksConfig,
     RolloutConfig,
     check_policies,
-    check_router,
-    check_sglang,
 )
+from rollflow.engines.rollout.config_servers import check_router, check_sglang
 from rollflow.storage.config import Config, DataConfig, StoreConfig
 from rollflow.tasks.config import ReportConfig
 

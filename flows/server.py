@@ -34,19 +34,13 @@ OTHER_PORTS = range(20000, 30000)
 """All are below the range from which the system hands out ports to others."""
 
 
-@dataclass(frozen=True, slots=True)
-class LocalServer:
-    """A running server, as kept in ``.rollflow/prefect/server.json``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptProcess:
+    """A process that a file of the folder names."""
 
-    url: str
     pid: int
     started: float
     """Start time of the process, which with ``pid`` names it for sure."""
-
-    @property
-    def api_url(self) -> str:
-        """What ``PREFECT_API_URL`` must be."""
-        return f"{self.url}/api"
 
     def alive(self) -> bool:
         """Whether this very process still runs."""
@@ -55,6 +49,18 @@ class LocalServer:
             same = abs(process.create_time() - self.started) < 1.0
             return same and process.status() != psutil.STATUS_ZOMBIE
         return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalServer(KeptProcess):
+    """A running server, as kept in ``.rollflow/prefect/server.json``."""
+
+    url: str
+
+    @property
+    def api_url(self) -> str:
+        """What ``PREFECT_API_URL`` must be."""
+        return f"{self.url}/api"
 
 
 def use_server() -> str:
@@ -164,7 +170,7 @@ def _start(port: int) -> LocalServer:
             start_new_session=True,
         )
     started = psutil.Process(process.pid).create_time()
-    server = LocalServer(f"http://127.0.0.1:{port}", process.pid, started)
+    server = LocalServer(url=f"http://127.0.0.1:{port}", pid=process.pid, started=started)
     _record().write_text(json.dumps(asdict(server)))
     return server
 

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from rollflow.engines.config import Setting
 from rollflow.engines.megatron.config import MEGATRON_OWNED, megatron_settings
-from rollflow.engines.rollout.config import (
+from rollflow.engines.rollout.config_servers import (
     ROUTER_OWNED,
     SGLANG_OWNED,
     router_settings,

@@ -28,25 +28,14 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 LIVED_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Keeper:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeper(server.KeptProcess):
     """The process that keeps server and worker alive, as kept in ``.rollflow/prefect/stack.json``."""
 
-    pid: int
-    started: float
-    """Start time of the process, which with ``pid`` names it for sure."""
     worker: int = 0
     """Process id of the worker; 0 before it was first started."""
     ready: bool = False
     """Whether everything is deployed and the worker was started."""
-
-    def alive(self) -> bool:
-        """Whether this very process still runs."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        return False
 
 
 def up() -> str:
@@ -66,7 +55,7 @@ def up() -> str:
                 stderr=out,
                 start_new_session=True,
             )
-        keeper = Keeper(process.pid, psutil.Process(process.pid).create_time())
+        keeper = Keeper(pid=process.pid, started=psutil.Process(process.pid).create_time())
     begun = time.monotonic()
     while keeper.alive():
         if (found := running()) and found.ready:
@@ -176,7 +165,9 @@ def _pause(seconds: float, ended: list[int]) -> None:
 
 
 def _me(worker: int = 0, *, ready: bool = False) -> Keeper:
-    return Keeper(os.getpid(), psutil.Process().create_time(), worker, ready)
+    return Keeper(
+        pid=os.getpid(), started=psutil.Process().create_time(), worker=worker, ready=ready
+    )
 
 
 def _write(keeper: Keeper) -> None:

@@ -83,10 +83,10 @@ def commit_batch(
     }
     url = store.join(folder, MANIFEST)
     problem = None if store.exists(url) else _folder_problem(store, run, folder, parts)
-    check_fence(
-        store, run, evaluation=dataset is not None
-    )  # who is late shall hear that, whatever else is wrong by now
-    if problem and not (dataset is not None and store.exists(url)):  # else the first one cleared up
+    # Before the problem is raised: who is late shall hear that, whatever else is wrong by now.
+    check_fence(store, run, evaluation=dataset is not None)
+    # An evaluation that another one committed first has lost its parts to that one's clearing up.
+    if problem and not (dataset is not None and store.exists(url)):
         raise problem
     try:
         store.put_new(url, seal(record))

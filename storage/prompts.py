@@ -43,10 +43,6 @@ class PromptSet:
         positions = draw_positions(len(self.prompts), step, n, seed=seed, shuffle=shuffle)
         return [self.prompts[i] for i in positions]
 
-    def epoch_of(self, step: int, n: int) -> int:
-        """Give the epoch, from 0, in which the step's first prompt stands."""
-        return step * n // len(self.prompts)
-
 
 def load_prompts(
     store: Store, config: DataConfig, reject: Callable[[Prompt], str | None] | None = None

@@ -229,7 +229,7 @@ def check_parallel(config: RunSettings) -> None:
 def check_experts(config: RunSettings, platform: Platform) -> None:
     """A mixture of experts: servers build the model that the trainer does, and can prove it."""
     model = json.loads((Path(config.model.path) / "config.json").read_text())
-    if not model.get("num_experts") or not config.rollout.servers:
+    if not model.get("num_experts") or not config.rollout.generates:
         return
     what = f"model.path = {config.model.path!r} is a mixture of experts"
     if platform.device == "cuda":
@@ -240,13 +240,13 @@ def check_experts(config: RunSettings, platform: Platform) -> None:
     if model.get("mlp_only_layers") or model.get("decoder_sparse_step", 1) != 1:
         raise ValueError(
             f"{what} with dense layers between (mlp_only_layers, decoder_sparse_step of its "
-            "config.json), for which SGLang builds layers of experts; train it with "
-            "rollout.servers = 0 only"
+            "config.json), for which SGLang builds layers of experts; train it "
+            "without servers only"
         )
     if model.get("tie_word_embeddings"):
         raise ValueError(
             f"{what} with tie_word_embeddings, for which SGLang keeps an output layer that is not "
-            "tied; untie the weights of the checkpoint, or train it with rollout.servers = 0 only"
+            "tied; untie the weights of the checkpoint, or train it without servers only"
         )
 
 
@@ -264,7 +264,7 @@ def check_router_replay(config: RunSettings) -> None:
         "algorithm.name = 'sft': labels were not generated, so there is no choice to replay": isinstance(
             config.algorithm, SftConfig
         ),
-        "rollout.servers = 0: nobody tells which experts were chosen": not config.rollout.servers,
+        "rollout.servers = 0: nobody tells which experts were chosen": not config.rollout.generates,
         f"sglang.{SWITCH} = false: the servers would not tell": sglang.get(SWITCH) is False,
         "sglang.pp_size above 1: a server tells of its last stage alone": sglang.get("pp_size", 1)
         > 1,

@@ -64,13 +64,14 @@ async def running_engines(
     first weights until :func:`restore_checkpoint`.
     """
     ref = cluster.connect(config.cluster, _own_name(plan.run))
+    own_servers = rollout and bool(config.rollout.tables({}))
     engines = Engines(
         cluster=ref,
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),
         manager=MANAGER if rollout else "",
         timeout_s=config.trainer.step_timeout_s,
         has_servers=rollout and config.rollout.generates,
-        take_turns=config.cluster.colocate and train and rollout and config.rollout.servers > 0,
+        take_turns=config.cluster.colocate and train and own_servers,
     )
     try:
         try:

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint at any URL: its small files here, its tensors one at a time."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,8 +79,3 @@ def fetch_small_files(store: Store, url: str, folder: Path) -> list[str]:
     if "config.json" not in names:
         raise ValueError(f"{url} has no config.json; give a folder that has one")
     return sorted(names)
-
-
-def declared_type(folder: Path) -> str:
-    """``model_type`` of a folder's config.json."""
-    return str(json.loads((folder / "config.json").read_text()).get("model_type"))

@@ -12,40 +12,11 @@ from .config_servers import (
     KEYED_POLICIES,
     POLICIES,
     PREFILL_POLICIES,
-    ROUTER_OWNED,
-    SGLANG_OWNED,
     ExternalConfig,
-    FrozenConfig,
     GroupConfig,
     JudgeConfig,
     TeacherConfig,
-    check_router,
-    check_sglang,
-    router_settings,
-    sglang_settings,
 )
-
-__all__ = [
-    "ROUTER_OWNED",
-    "SGLANG_OWNED",
-    "SLIME_NAMES",
-    "BufferConfig",
-    "EvalConfig",
-    "ExternalConfig",
-    "FrozenConfig",
-    "GroupConfig",
-    "HooksConfig",
-    "JudgeConfig",
-    "Mode",
-    "RolloutConfig",
-    "SamplingConfig",
-    "TeacherConfig",
-    "check_policies",
-    "check_router",
-    "check_sglang",
-    "router_settings",
-    "sglang_settings",
-]
 
 
 class SamplingConfig(Config):
@@ -149,8 +120,7 @@ class RolloutConfig(Config):
         """(name, SGLang's arguments) of each server that we start; ``sglang`` is the ``[sglang]`` table."""
         found = [(f"server-{i}", dict(sglang)) for i in range(self.servers)]
         for group in self.groups:
-            role = {"disaggregation_mode": group.role} if group.role else {}
-            table = {**sglang, **group.sglang, **role}
+            table = {**sglang, **group.sglang}
             found += [(f"{group.name}-{i}", table) for i in range(group.servers)]
         return found
 

@@ -9,7 +9,7 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.gpu.sampler import BACKEND as SAMPLER
 from rollflow.engines.platform import Device
 
-from .config import check_router, check_sglang
+from .config_servers import check_router, check_sglang
 
 CPU_KV_BYTES = 1 << 30
 CPU_KV_TOKENS = 1 << 16
@@ -25,7 +25,7 @@ def server_arguments(
     ``table`` is the user's ``[sglang]`` table, and its group's; it overrides every default, the
     CPU's included. Raises ValueError for a name that SGLang lacks or that rollflow owns.
     """
-    check_sglang({k: v for k, v in table.items() if k != "disaggregation_mode"})
+    check_sglang(table)
     defaults: dict[str, Any] = {"log_level_http": "warning"}
     if model.random_weights:
         defaults["load_format"] = "dummy"

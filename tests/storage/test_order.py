@@ -63,11 +63,10 @@ def test_a_late_epoch_of_a_large_dataset_is_drawn_at_once():
     assert len(set(draw(500, 10**9, 300))) == 300
 
 
-def test_a_prompt_set_draws_its_prompts_and_knows_the_epoch():
+def test_a_prompt_set_draws_its_prompts():
     prompts = PromptSet([Prompt(f"f:{i}", i, "f", str(i)) for i in range(10)])
     drawn = prompts.draw(3, 4, seed=0, shuffle=True)
     assert [p.row for p in drawn] == draw(10, 3, 4)
-    assert [prompts.epoch_of(step, 4) for step in range(6)] == [0, 0, 0, 1, 1, 2]
 
 
 def test_groups_of_a_repeated_prompt_have_different_names():

@@ -44,7 +44,8 @@ def main() -> int:
                         wrong.append(f"{recipe}: {way}")
                         continue
                     found[recipe] = way
-                    wrong += [f"{recipe}: {fault}" for fault in _faults(way, kept.get(recipe))]
+                    its = way if arguments.write else kept.get(recipe)
+                    wrong += [f"{recipe}: {fault}" for fault in _faults(way, its)]
                     if arguments.write:
                         _keep({**kept, **found})
         finally:
@@ -57,7 +58,7 @@ def main() -> int:
 
 def _faults(way: Trajectory, kept: Trajectory | None) -> list[str]:
     rise = [] if way.rise() > 0 else [f"does not rise ({way.rise():+.3f})"]
-    return rise + (way.differences(kept) if kept else [])
+    return rise + (way.differences(kept) if kept else ["no golden trajectory is kept"])
 
 
 def _keep(ways: dict[str, Trajectory]) -> None:

@@ -26,7 +26,8 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.published import place_of, publish_files
 from rollflow.engines.rewards import remote
 from rollflow.engines.rollout.client import GenerateClient, Scope, requests_of
-from rollflow.engines.rollout.config import ExternalConfig, JudgeConfig, RolloutConfig
+from rollflow.engines.rollout.config import RolloutConfig
+from rollflow.engines.rollout.config_servers import ExternalConfig, JudgeConfig
 from rollflow.engines.rollout.external import Externals
 from rollflow.engines.rollout.fleet import Fleet
 from rollflow.engines.rollout.frozen import Frozen
