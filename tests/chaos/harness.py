@@ -210,7 +210,7 @@ class Session:
         if wrong:
             return wrong
         time.sleep(kill.delay_s)
-        victims = self._victims(kill.process)
+        victims = self.processes(kill.process)
         if not victims:
             return f"no {kill.process} runs"
         victim = victims[kill.seed % len(victims)]
@@ -279,6 +279,19 @@ class Session:
 
         return self._wait(over, "the end of the lease")
 
+    def processes(self, process: str) -> list[psutil.Process]:
+        """Those of the training that are called ``process`` in ``VICTIMS``."""
+        if process == "flow":
+            return [psutil.Process(self.flow.pid)]
+        words = VICTIMS[process]
+        if process == "prefect server":
+            family = [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
+        else:
+            family = psutil.Process(self.flow.pid).children(recursive=True)
+            family += [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
+        found = {p.pid: p for p in family if _matches(p, words)}
+        return [found[pid] for pid in sorted(found)]
+
     def _keep_durable(self, step: int) -> None:
         try:
             samples = durable_groups(self.store, self.run, step).samples
@@ -321,18 +334,6 @@ class Session:
                 return "" if condition() else f"the run finished before {what}"
             time.sleep(POLL_S)
         return ""
-
-    def _victims(self, process: str) -> list[psutil.Process]:
-        if process == "flow":
-            return [psutil.Process(self.flow.pid)]
-        words = VICTIMS[process]
-        if process == "prefect server":
-            family = [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
-        else:
-            family = psutil.Process(self.flow.pid).children(recursive=True)
-            family += [p for p in psutil.process_iter() if _folder_of(p) == str(self.folder)]
-        found = {p.pid: p for p in family if _matches(p, words)}
-        return [found[pid] for pid in sorted(found)]
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -30,7 +30,8 @@ def session(tmp_path):
 def test_a_second_flow_is_refused_and_a_sleeper_is_fenced_off(session):
     assert session.wait_for("train", step=1) == ""
     sleeper = session.flow
-    os.kill(sleeper.pid, signal.SIGSTOP)
+    [rank] = session.processes("trainer")
+    rank.suspend()  # the flow waits for it, and keeps its lease
     second = subprocess.run(
         [*ROLLFLOW, "train", "run.toml", "--name", "chaos", *WORDS],
         cwd=session.folder,
@@ -42,6 +43,8 @@ def test_a_second_flow_is_refused_and_a_sleeper_is_fenced_off(session):
     assert f"pid {sleeper.pid}" in second.stderr
     assert "'chaos' is held by" in second.stderr
 
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    rank.resume()
     at_sleep = len(read_steps(session.store, session.run))
     assert session.wait_until_lease_is_over() == ""
     session.restart(*WORDS)  # takes the run over
