@@ -23,7 +23,7 @@ from rollflow.engines.published import Published
 from rollflow.engines.weights import WeightMismatchError
 from rollflow.storage.objects import normalised_url
 
-from .config import ExternalConfig
+from .config_servers import ExternalConfig
 from .router import Router, wait_for_server
 from .server import ServerError
 

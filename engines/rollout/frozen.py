@@ -9,7 +9,8 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import Device
 
 from .client import GenerateClient
-from .config import FrozenConfig, RolloutConfig
+from .config import RolloutConfig
+from .config_servers import FrozenConfig
 from .fleet import Fleet
 from .router import wait_for_server
 
