@@ -9,8 +9,7 @@ from prefect.events.actions import ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-from rollflow.tasks.events import CHECKPOINT_COMMITTED, WISHES_EVALUATION
-from rollflow.tasks.pausing import SUSPENDED
+from rollflow.tasks.events import CHECKPOINT_COMMITTED, ENDED, WISHES_EVALUATION
 
 HEARTBEAT_S = 30
 """Seconds between two signs of life of a flow: the least that Prefect allows."""
@@ -22,14 +21,14 @@ BEAT = "prefect.flow-run.heartbeat"
 CRASHED = "prefect.flow-run.Crashed"
 SIGNS = {
     BEAT,
-    CRASHED,
+    ENDED,
     "prefect.flow-run.Completed",
     "prefect.flow-run.Failed",
     "prefect.flow-run.Cancelled",
     "prefect.flow-run.Suspended",
-    SUSPENDED,
 }
-"""What a flow that lives, or has ended in order, is heard of by."""
+"""What a flow that lives, or has ended in order, is heard of by. A server that was started again holds
+back Prefect's own events of older runs for up to 15 minutes; heartbeats and ``ENDED`` come at once."""
 
 
 async def deploy_automations(client: PrefectClient, evaluate: str, tag: str) -> None:
@@ -51,8 +50,9 @@ def automations(evaluate: str, tag: str) -> list[AutomationCore]:
     flow_runs = _resource({"prefect.resource.id": "prefect.flow-run.*"})
     return [
         AutomationCore(
-            name=f"{PREFIX}a silent flow has crashed",
-            description=f"No heartbeat of a flow run for {SILENCE_S} s: its process is gone.",
+            name=f"{PREFIX}a silent run goes on",
+            description=f"No heartbeat of a flow run for {SILENCE_S} s: its process is gone. It is "
+            "scheduled again and goes on from its log.",
             trigger=EventTrigger(
                 posture=Posture.Proactive,
                 match=flow_runs,
@@ -65,9 +65,9 @@ def automations(evaluate: str, tag: str) -> list[AutomationCore]:
             ),
             actions=[
                 ChangeFlowRunState(
-                    name=None,
-                    state=StateType.CRASHED,
-                    message=f"no heartbeat for {SILENCE_S} s",
+                    state=StateType.SCHEDULED,
+                    name="AwaitingRetry",
+                    message=f"no heartbeat for {SILENCE_S} s; it goes on from its log on a live worker",
                     force=False,
                 )
             ],

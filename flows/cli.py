@@ -23,7 +23,7 @@ from . import (
     cli_operate,
     server,
 )
-from .terminal import DEFAULT_STORE, StoreUrl, Words, console
+from .terminal import DEFAULT_STORE, StoreUrl, Words, console, quiet_prefect
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -49,7 +49,7 @@ app.command(cli_config.config)
 
 def main() -> None:
     """Entry point: run a command; a mistake is one message on stderr and exit status 1."""
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    quiet_prefect()
     sys.path.insert(0, str(Path.cwd()))  # hooks in the working folder can be imported
     try:
         app()

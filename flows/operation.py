@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rollflow.tasks.events import Announcements
+from rollflow.tasks.events import Announcements, tell_ended
 from rollflow.tasks.pausing import StepBoundary, pausing_between_steps
 from rollflow.tasks.preflight import RunPlan
 
@@ -49,5 +49,8 @@ def operated(config: RunConfig) -> Iterator[Operation]:
     """A run that a person may suspend; it stops between two steps, with its engines, and it outlives the
     worker that started it."""
     outlive_the_reader()
-    with pausing_between_steps() as boundary:
-        yield Operation(config, boundary)
+    try:
+        with pausing_between_steps() as boundary:
+            yield Operation(config, boundary)
+    finally:
+        tell_ended()

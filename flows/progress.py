@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
@@ -22,6 +23,7 @@ from rollflow.tasks.report import Curve, write_picture
 from .config import RunConfig
 from .status import remove_status, write_status
 from .telling import Telling
+from .terminal import warnings_shown
 
 T = TypeVar("T")
 ENGINE_SECONDS = {
@@ -76,12 +78,14 @@ class Progress:
             TextColumn("{task.fields[numbers]}"),
         )
         self._bars = Bars(*columns, transient=False)
+        self._shown = ExitStack()
         self._bar = self._bars.add_task(
             self._label, total=config.steps, completed=plan.next_step, numbers=""
         )
 
     def __enter__(self) -> Self:
         self._bars.start()
+        self._shown.enter_context(warnings_shown(self._bars.console))
         self.show("start engines")
         return self
 
@@ -98,6 +102,7 @@ class Progress:
         }
         failure = ends.get(kind, f"failed: {error or kind.__name__}") if kind else "ended"
         self.show(failure)
+        self._shown.close()
         self._bars.stop()
         self._telling.close()
         if self._is_beside:

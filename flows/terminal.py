@@ -1,11 +1,15 @@
 """What the modules of the command line share: where they print, and the names of their options."""
 
+import logging
+import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 from rich.console import Console
+from rich.text import Text
 
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
@@ -13,6 +17,7 @@ from rollflow.storage.refs import RunRef
 from rollflow.storage.runs import open_run
 
 console = Console(soft_wrap=True)
+CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 StoreUrl = Annotated[str, Parameter(help="Store that holds the runs: any fsspec URL.")]
 DEFAULT_STORE = ".rollflow/store"
 Words = Annotated[
@@ -55,6 +60,37 @@ def outlive_the_reader() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Unbreakable) and not stream.isatty():
             setattr(sys, name, Unbreakable(stream))
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:  # what is worse ends the command, with its message
+            text = Text(f"warning: {record.getMessage()}", style="yellow")
+            self._console.print(text, soft_wrap=True)
+
+
+def quiet_prefect() -> None:
+    """Keep Prefect's own log off the terminal. Call before Prefect is imported."""
+    os.environ.setdefault(CONSOLE_LEVEL, "CRITICAL")
+
+
+@contextmanager
+def warnings_shown(console: Console) -> Iterator[None]:
+    """While this block runs, warnings of flows and tasks are printed, unless Prefect prints them itself."""
+    loggers = [logging.getLogger(f"prefect.{of}") for of in ("flow_runs", "task_runs")]
+    handler = _Warnings(console)
+    if os.environ.get(CONSOLE_LEVEL) == "CRITICAL":
+        for logger in loggers:
+            logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def opened(store_url: str, run: str) -> tuple[Store, RunRef]:

@@ -15,6 +15,7 @@ from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
 
 CHECKPOINT_COMMITTED = "rollflow.checkpoint.committed"
 EVALUATION_COMMITTED = "rollflow.evaluation.committed"
+ENDED = "rollflow.flow-run.ended"
 REGRESSION = "rollflow.evaluation.regression"
 WISHES_EVALUATION = "rollflow.evaluate"
 """Label of a checkpoint's event: ``true`` where the run wants a flow run to evaluate it."""
@@ -97,6 +98,18 @@ def tell_regression(run: RunRef, version: int, facts: Mapping[str, Any]) -> None
         resource=_checkpoint_resource(run, version - 1),
         payload={"run": run.name, "step": version - 1, "version": version, **facts},
     )
+
+
+def tell_ended() -> None:
+    """Say that this flow run's process ends in order, however: whoever waits for the next heartbeat must
+    not take it for dead. Nothing happens outside of a flow run."""
+    context = FlowRunContext.get()
+    if context and (flow_run := context.flow_run):
+        resource = {
+            "prefect.resource.id": f"prefect.flow-run.{flow_run.id}",
+            "prefect.resource.name": flow_run.name,
+        }
+        emit_event(ENDED, resource=resource)
 
 
 def _checkpoint_resource(run: RunRef, step: int) -> dict[str, str]:

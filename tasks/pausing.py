@@ -4,12 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect._flow_run_suspension import FlowRunSuspensionRequest
-from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
-from prefect.events import emit_event
 from prefect.exceptions import Pause
-
-SUSPENDED = "rollflow.flow-run.suspended"
 
 
 @contextmanager
@@ -31,8 +27,6 @@ def pausing_between_steps() -> Iterator["StepBoundary"]:
         yield StepBoundary(request)
     finally:
         del request.raise_if_requested
-        if request.is_requested() and context and context.flow_run:
-            _last_word(context.flow_run)
 
 
 class StepBoundary:
@@ -50,18 +44,6 @@ class StepBoundary:
         """
         if self._request and (state := self._request.get_state()):
             raise Pause(state=state)
-
-
-def _last_word(flow_run: FlowRun) -> None:
-    """Say that the flow ends in order: Prefect said so when the run was suspended, but heartbeats went on
-    until its step was done, and whoever waits for the next one must not take the flow for dead."""
-    emit_event(
-        SUSPENDED,
-        resource={
-            "prefect.resource.id": f"prefect.flow-run.{flow_run.id}",
-            "prefect.resource.name": flow_run.name,
-        },
-    )
 
 
 def _later() -> None:

@@ -1,4 +1,4 @@
-"""A flow run that crashes again and again without committing a step is not started for ever."""
+"""A flow run that is started again and again without committing a step is not started for ever."""
 
 from datetime import datetime
 
@@ -11,6 +11,8 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.steps import last_step, read_step
 
+CRASHES = (StateType.CRASHED, StateType.SCHEDULED)
+"""Their messages say what a flow died of: a worker saw it end, or nothing was heard of it."""
 LIMIT = 5
 """Of flows that commit no steps."""
 
@@ -22,7 +24,7 @@ class CrashLoopError(RuntimeError):
 async def refuse_crash_loop(
     name: str, limit: int = LIMIT, progress: tuple[StoreConfig, RunRef] | None = None
 ) -> None:
-    """Count this flow run's crashes; with ``progress``, those since that run's newest step.
+    """Count how often this flow run was started again; with ``progress``, since that run's newest step.
 
     Raises:
         CrashLoopError: more than ``limit``. It makes the flow run fail, which, unlike a crash, nothing
@@ -34,14 +36,14 @@ async def refuse_crash_loop(
     async with get_client() as client:
         states = await client.read_flow_run_states(context.flow_run.id)
     since = _newest_commit(*progress) if progress else None
-    crashes = [
-        s for s in states if s.type == StateType.CRASHED and (since is None or s.timestamp > since)
-    ]
-    if len(crashes) > limit:
+    starts = [s.timestamp for s in states if s.type == StateType.RUNNING]
+    again = [start for start in starts[1:] if since is None or start > since]
+    if len(again) > limit:
+        crashes = [s.message for s in states if s.message and s.type in CRASHES]
         raise CrashLoopError(
-            f"{name}: crashed {len(crashes)} times in a row without a new step, last: "
-            f"{crashes[-1].message}; mend the cause, then retry this flow run: it goes on from what it "
-            f"committed (cluster.max_recoveries of a training, else {LIMIT}, says how often it is tried)"
+            f"{name}: started again {len(again)} times in a row without a new step, last: "
+            f"{crashes[-1] if crashes else 'by hand'}; mend the cause, then retry this flow run: it goes "
+            f"on from what it committed (cluster.max_recoveries of a training, else {LIMIT}, says how often it is tried)"
         )
 
 

@@ -99,7 +99,7 @@ class RolloutManager:
         for dataset in self._datasets:
             await dataset.grader.start()
         gc.freeze()  # else each full collection looks through all that was imported, 0.3 s a time
-        return await self.info()
+        return replace(await self.info(), notices=self._notices())
 
     async def info(self, *, whole: bool = False) -> RolloutInfo:
         """What runs now; ``whole`` waits for servers that are being started again."""
@@ -113,7 +113,6 @@ class RolloutManager:
             server_urls=[s.url for s in servers],
             pids=[*(s.pid for s in servers), self._fleet.router.pid],
             manager_pid=os.getpid(),
-            notices=self._notices(),
         )
 
     async def targets(self) -> tuple[list[str], str]:

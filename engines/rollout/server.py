@@ -47,7 +47,7 @@ class RolloutInfo:
     """Session leaders of the servers, then of the router."""
     manager_pid: int
     notices: list[str] = field(default_factory=list[str])
-    """What happened meanwhile to servers that somebody else runs."""
+    """What befell servers of somebody else at the start; later :meth:`RolloutManager.release` tells."""
 
 
 class ServerActor:

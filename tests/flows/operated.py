@@ -17,6 +17,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.runs import open_run
 
+# Steps take a tenth of a second: a server that is told of each is busy with nothing else.
 CONFIG = """
 name = "null"
 steps = 100000
@@ -33,6 +34,9 @@ batch_size = 4
 servers = 1
 reward = "rollflow.engines.rewards.exact_match:exact_match"
 sampling = { max_new_tokens = 4 }
+[report]
+every = 20
+tasks_every = 20
 [[evals]]
 name = "heldout"
 data = { path = "arithmetic/heldout.jsonl" }

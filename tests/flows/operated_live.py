@@ -19,16 +19,26 @@ from rollflow.storage.steps import step_numbers
 from .operated import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EVERY = 200
+"""Steps from one checkpoint to the next, whose evaluation takes as long as some hundred steps."""
 KILLS = os.environ.get("ROLLFLOW_OPERATED") == "all"
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("operated"))
-    words = ("--checkpoint.every", "20", "--checkpoint.evaluate", "true", "--name", "a")
+    words = ("--checkpoint.every", str(EVERY), "--checkpoint.evaluate", "true", "--name", "a")
     stack.rollflow("submit", "run.toml", *words)
     yield stack
     print(stack.rollflow("down"))
+
+
+@pytest.fixture(scope="module")
+def running(stack):
+    stack.rollflow("submit", "run.toml", "--name", "k")
+    stack.wait("step 3", lambda: stack.status("k")["step"] >= 3)
+    yield stack
+    stack.rollflow("cancel", "k")
 
 
 def batch_of(stack, step, dataset=None):
@@ -53,7 +63,7 @@ def test_a_second_run_waits_for_the_cluster(stack):
 
 
 def test_a_suspended_run_ends_between_two_steps_and_gives_back_its_lease(stack):
-    stack.wait("the first checkpoint", lambda: stack.status("a")["step"] >= 21)
+    stack.wait("the first checkpoint", lambda: stack.status("a")["step"] > EVERY)
     stack.rollflow("pause", "a")
     stack.wait("the end of the flow", lambda: stack.status("a")["phase"] == "suspended")
     stack.wait("its process", lambda: not psutil.pid_exists(stack.status("a")["pid"]))
@@ -69,12 +79,14 @@ def test_the_run_that_waited_has_the_cluster_while_the_first_is_suspended(stack)
 
 
 def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
-    stack.wait("the evaluation", lambda: batch_of(stack, 20, "heldout"))
+    stack.wait("the evaluation", lambda: batch_of(stack, EVERY, "heldout"))
     stack.wait("its flow run", lambda: stack.state("evaluate a") == "Completed")
-    [evaluation] = [r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == 19]
+    [evaluation] = [
+        r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == EVERY - 1
+    ]
     assert evaluation["parameters"]["run"] == "a"
     assert evaluation["created_by"]["type"] == "AUTOMATION"
-    assert "step-000019" in stack.artifact("a-evaluations")
+    assert f"step-{EVERY - 1:06d}" in stack.artifact("a-evaluations")
 
 
 def test_a_suspended_run_goes_on_where_it_stopped_when_it_is_resumed(stack):
@@ -108,13 +120,6 @@ def test_a_cancelled_run_ends_in_order_and_keeps_what_it_committed(stack):
 @pytest.mark.skipif(not KILLS, reason="minutes: make operated")
 class TestKills:
     """Nobody does anything; the seconds until the next committed step are printed."""
-
-    @pytest.fixture(scope="class")
-    def running(self, stack):
-        stack.rollflow("submit", "run.toml", "--name", "k")
-        stack.wait("step 3", lambda: stack.status("k")["step"] >= 3)
-        yield stack
-        stack.rollflow("cancel", "k")
 
     def goes_on(self, stack, what, deadline_s=300.0):
         steps = len(step_numbers(*stack.stored("k")))

@@ -20,7 +20,7 @@ from rollflow.storage.steps import read_steps, step_numbers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 6
+STEPS = 12
 CONFIG = """
 name = "elsewhere"
 steps = {steps}
