@@ -122,7 +122,11 @@ def demo(
 
 
 @app.command
-def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.json")) -> None:
+def bench(
+    only: list[str] | None = None,
+    output: Path = Path(".rollflow/bench.json"),
+    shape: list[str] | None = None,
+) -> None:
     """Measure where an iteration's time goes and what the recovery from a kill takes.
 
     Parameters
@@ -130,11 +134,12 @@ def bench(only: list[str] | None = None, output: Path = Path(".rollflow/bench.js
     only: parts to measure, all but orchestration unless given: iteration, recovery, storage, training,
         conversion, modes, gpu, orchestration.
     output: JSON file for the figures.
+    shape: of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
     """
     server.use_server()
     from .bench import run_bench
 
-    asyncio.run(run_bench(only or [], output, console))
+    asyncio.run(run_bench(only or [], output, console, shape or []))
 
 
 @app.command

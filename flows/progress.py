@@ -50,6 +50,8 @@ class RunSummary:
     seconds: float = 0.0
     iteration_split_s: dict[str, float] = field(default_factory=dict)
     """Median seconds of an iteration by phase, and ``total``."""
+    perf: list[dict[str, float]] = field(default_factory=list)
+    """Metrics ``perf/...`` of each step that this process trained, those of its push too."""
     logprob_gap_max: float = 0.0
     """Largest gap between trainer and rollout log-probabilities on any token of any step."""
 
@@ -68,6 +70,7 @@ class Progress:
         self._evaluations: dict[int, dict[str, float]] = {}
         self._splits: list[dict[str, float]] = []
         self._phases: dict[str, float] = {}
+        self._perf: list[dict[str, float]] = []
         self._gap_max = 0.0
         self._started = self._step_started = time.perf_counter()
         columns = (
@@ -150,12 +153,13 @@ class Progress:
             f"reward {reward:.3f}  loss {loss:+.4f}" if reward is not None else f"loss {loss:.4f}"
         )
         self._bars.update(self._bar, completed=record.step + 1, numbers=f"{numbers}  {total:.2f} s")
-        return {
-            **metrics,
+        metrics |= {
             "perf/step_s": total,
             "perf/commit_s": split["commit"],
             "perf/orchestration_s": split["orchestration"],
         }
+        self._perf.append({k: v for k, v in metrics.items() if k.startswith("perf/")})
+        return metrics
 
     async def report(self, batch: BatchRef, record: StepRef, sync: Mapping[str, float]) -> None:
         """Close the step's clock and tell of the step: trackers, artifact, the run's page."""
@@ -195,6 +199,7 @@ class Progress:
             tensorboard=str(self._telling.folder),
             seconds=time.perf_counter() - self._started,
             iteration_split_s=median_split(self._splits),
+            perf=self._perf,
             logprob_gap_max=self._gap_max,
         )
 

@@ -59,7 +59,7 @@ async def _train(config: RunConfig, plan: RunPlan, operation: Operation, progres
                 await iteration(config, production, engines, step, progress)
                 good_enough = await evaluate_weights(config, plan.run, engines, step + 1, progress)
                 last = good_enough or step + 1 == config.steps
-                if last or config.checkpoint.due(step + 1):
+                if (last and config.checkpoint.last) or config.checkpoint.due(step + 1):
                     await progress.time(
                         "checkpoint",
                         save_checkpoint(

@@ -85,7 +85,8 @@ async def running_engines(
 
 @task(name="start engines", cache_policy=NO_CACHE)
 async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
-    """Start trainer and rollout side by side, or one after the other where they share a GPU."""
+    """Start trainer and rollout side by side. Where they share a GPU the model comes last: a server's
+    cache takes its share of what it finds free."""
     if config.cluster.address == cluster.NULL:
         _start_null(config, plan, engines)
         return
@@ -96,17 +97,20 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
         group = await placement.reserve(
             len(engines.ranks), platform, config.cluster.placement, timeout_s=timeout_s
         )
+    served = asyncio.Event()
     starts = []
     if engines.manager:
         beside = group if engines.take_turns else None
-        starts.append(_start_rollout(config, plan, beside, platform, timeout_s))
+        starts.append(_start_rollout(config, plan, beside, platform, timeout_s, served))
     if group is not None:
-        starts.append(_start_trainer(config, plan, engines, group, platform, timeout_s))
-    if engines.take_turns:
-        for start in starts:  # a server's cache takes its share of what it finds free
-            await start
-    else:
-        await asyncio.gather(*starts)
+        after = served if engines.take_turns else None
+        starts.append(_start_trainer(config, plan, engines, group, platform, timeout_s, after))
+    starting = [asyncio.ensure_future(start) for start in starts]
+    try:
+        await asyncio.gather(*starting)
+    finally:
+        for start in starting:  # one that waits for another, which failed
+            start.cancel()
     if engines.ranks and engines.manager:
         await cluster.call(
             engines.manager,
@@ -149,8 +153,10 @@ async def _start_rollout(
     beside: PlacementGroup | None,
     platform: Platform,
     timeout_s: float,
+    served: asyncio.Event,
 ) -> None:
-    """``beside``: the trainer's place, whose one GPU the server has a share of."""
+    """``beside``: the trainer's place, whose one GPU the server has a share of. ``served`` is set at the
+    end."""
     place = placement.in_bundle(beside, 0, with_children=True) if beside else None
     cluster.start_actor(
         RolloutManager,
@@ -173,6 +179,7 @@ async def _start_rollout(
     [info] = await cluster.call(MANAGER, "start", timeout_s=timeout_s)
     for notice in info.notices:
         get_run_logger().warning(notice)
+    served.set()
 
 
 async def _start_trainer(
@@ -182,7 +189,9 @@ async def _start_trainer(
     group: PlacementGroup,
     platform: Platform,
     timeout_s: float,
+    after: asyncio.Event | None,
 ) -> None:
+    """``after``: what the GPU's memory is left alone until; the ranks import what they need before."""
     first, *others = engines.ranks
     if others:
         cluster.start_order()
@@ -207,6 +216,8 @@ async def _start_trainer(
             scheduling_strategy=placement.in_bundle(group, rank),
         )
     master = await cluster.call(first, "address", timeout_s=timeout_s)
+    if after is not None:
+        await after.wait()
     await cluster.call(engines.ranks, "setup", master[0], timeout_s=timeout_s)
 
 

@@ -58,6 +58,15 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name()
 
 
+def gpu_memory_gib() -> float:
+    """Memory of the GPU that torch sees first, in GiB; 0 where it sees none."""
+    if detect().device == "cpu":
+        return 0.0
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
 def train_alone(model_path: str, **settings: Any) -> dict[str, Any]:
     """Training steps in a process of their own, with a GPU to itself; see ``engines.megatron.speed``."""
     return json.loads(_alone(_TRAIN, json.dumps({"model_path": model_path, **settings})))

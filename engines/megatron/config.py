@@ -68,6 +68,9 @@ class CheckpointConfig(Config):
 
     every: int = Field(default=0, ge=0)
     """Save each so many steps, and after the last; 0: only after the last."""
+    last: bool = True
+    """Save after the last step. Without it a run may end with steps that are in the log alone: for one that
+    measures speed, whose weights nobody wants."""
     hf: bool = True
     """Also write Hugging Face safetensors beside the torch_dist checkpoint."""
     background: bool = False

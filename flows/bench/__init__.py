@@ -22,10 +22,13 @@ TOP = "iteration"
 """The part whose facts stand at the top of the file; the others have a key of their own."""
 
 
-async def run_bench(only: Sequence[str], output: Path, console: Console) -> None:
+async def run_bench(
+    only: Sequence[str], output: Path, console: Console, shapes: Sequence[str] = ()
+) -> None:
     """Measure the parts named in ``only``, or all but those on request; print and write the figures.
 
-    Figures of other parts that the file holds already stay.
+    Figures of other parts that the file holds already stay. ``shapes``: which ``gpu`` measures; it
+    leaves those of the file's other shapes.
 
     Raises:
         ValueError: there is no part of that name.
@@ -39,7 +42,10 @@ async def run_bench(only: Sequence[str], output: Path, console: Console) -> None
     facts |= {"cores": os.cpu_count(), "machine": platform.machine()}
     for name in only or PARTS:
         part = importlib.import_module(f".{name}", __package__)
-        found = await part.measure(console)
+        if name == "gpu" and shapes:
+            found = facts.get(name, {}) | await part.measure(console, shapes)
+        else:
+            found = await part.measure(console)
         facts |= found if name == TOP else {name: found}
         output.write_text(json.dumps(facts, indent=2))
     console.print(f"Figures: {output}")

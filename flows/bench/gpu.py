@@ -22,7 +22,13 @@ from rollflow.flows.recipes import throughput
 from rollflow.flows.train import train
 from rollflow.storage.objects import Store
 from rollflow.storage.steps import read_steps
-from rollflow.tasks.measure import generate_alone, gpu_name, hbm_bytes_per_s, train_alone
+from rollflow.tasks.measure import (
+    generate_alone,
+    gpu_memory_gib,
+    gpu_name,
+    hbm_bytes_per_s,
+    train_alone,
+)
 
 SHAPES = ("0.6b", "1.7b")
 STEPS = 8
@@ -33,24 +39,36 @@ LIMIT_S = 480
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
 RUN_PROMPT_TOKENS = 6
 """Of the recipe's own prompts, at most."""
-ROWS = {"0.6b": 32, "1.7b": 16}
+ROWS = {"0.6b": 32, "1.7b": 16, "4b": 8}
 """Samples in a micro-batch."""
+SERVER_SHARE = {"4b": 0.3}
+"""Of the GPU's memory, where the trainer's needs more than half."""
+TRAINER_BYTES, SERVER_BYTES, ACTIVATIONS_GIB = 18, 2, 16
+"""Of a parameter: bfloat16 weight, float32 gradient, master copy and two moments; the server's weight.
+What a step needs beside, which is more than a server's smallest useful cache."""
 REPEATS = 3
 
 
-async def measure(console: Console) -> dict:
+async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
     """Measure each shape as far as time allows; nothing where torch sees no GPU."""
-    card = gpu_name()
+    card, memory_gib = gpu_name(), gpu_memory_gib()
     if not card:
         console.print("bench gpu: torch sees no GPU here; skipped")
         return {"skipped": "no GPU"}
     started = time.perf_counter()
     facts: dict[str, Any] = {"card": card, "hbm_bytes_per_s": hbm_bytes_per_s()}
-    for shape in SHAPES:
+    for shape in shapes:
+        needed_gib = needs_gib(shape)
+        if needed_gib > memory_gib:
+            facts[shape] = {
+                "refused": f"needs about {needed_gib:.0f} GiB, the GPU has {memory_gib:.0f}"
+            }
+            console.print(f"bench gpu: {shape} {facts[shape]['refused']}")
+            continue
         found: dict[str, Any] = {}
         for name, seconds, part in PARTS:
             gone_s = time.perf_counter() - started
-            if gone_s + seconds > LIMIT_S and not (shape == SHAPES[0] and part in NEEDED):
+            if gone_s + seconds > LIMIT_S and not (shape == shapes[0] and part in NEEDED):
                 console.print(f"bench gpu: {gone_s:.0f} s are gone, no time for {shape}: {name}")
                 continue
             found |= await part(shape)
@@ -69,7 +87,23 @@ def _config(shape: str, *words: str) -> RunConfig:
     tokens = ROWS[shape] * (RUN_PROMPT_TOKENS + NEW_TOKENS)
     micro = ("--trainer.max_tokens_per_micro_batch", str(tokens))
     where = ("--model.path", str(files.model), "--data.path", str(files.train))
+    if share := SERVER_SHARE.get(shape):
+        micro += ("--sglang.mem_fraction_static", str(share))
     return load_config(recipes()["throughput_gpu"], seeded(name, 0, *micro, *where, *words))
+
+
+def needs_gib(shape: str) -> float:
+    """Memory that trainer and server of a shape need together on their one GPU, in GiB."""
+    return (TRAINER_BYTES + SERVER_BYTES) * parameters(shape) / 2**30 + ACTIVATIONS_GIB
+
+
+def parameters(shape: str) -> int:
+    """Weights of a shape's matrices; its embedding is its output layer."""
+    model = throughput.SHAPES[shape]
+    head, hidden, layers = (model[k] for k in ("head_dim", "hidden_size", "num_hidden_layers"))
+    queries, groups = (head * model[f"num_{k}_heads"] for k in ("attention", "key_value"))
+    layer = hidden * (2 * queries + 2 * groups + 3 * model["intermediate_size"])
+    return layers * layer + hidden * model["vocab_size"]
 
 
 async def _training(shape: str) -> dict[str, Any]:
@@ -112,7 +146,8 @@ async def _generation(shape: str) -> dict[str, Any]:
 async def _run(shape: str) -> dict[str, Any]:
     config = _config(shape, "--steps", str(STEPS))
     summary = await train(config)
-    steps = [s.metrics for s in read_steps(Store(config.store), summary.run)][SETTLED:]
+    records = read_steps(Store(config.store), summary.run)
+    steps = [r.metrics | perf for r, perf in zip(records, summary.perf, strict=True)][SETTLED:]
     parts = ("export", "pack", "load", "verify")
     return {
         "iteration_s": _median(steps, "perf/step_s"),
@@ -153,12 +188,10 @@ def _bound(shape: str, facts: dict[str, Any], found: dict[str, Any]) -> dict[str
     if "generate_alone" not in found:
         return {}
     model = throughput.SHAPES[shape]
-    head, hidden, layers = (model[k] for k in ("head_dim", "hidden_size", "num_hidden_layers"))
-    queries, groups = (head * model[f"num_{k}_heads"] for k in ("attention", "key_value"))
-    layer = hidden * (2 * queries + 2 * groups + 3 * model["intermediate_size"])
-    weight_bytes = 2 * (layers * layer + hidden * model["vocab_size"])
-    cache_bytes = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS / 2) * 2 * 2 * layers * groups
-    bound = PROMPTS * facts["hbm_bytes_per_s"] / (weight_bytes + cache_bytes)
+    groups = model["head_dim"] * model["num_key_value_heads"]
+    token_bytes = 2 * 2 * model["num_hidden_layers"] * groups
+    cache_bytes = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS / 2) * token_bytes
+    bound = PROMPTS * facts["hbm_bytes_per_s"] / (2 * parameters(shape) + cache_bytes)
     return {
         "generate_bound_tokens_per_s": bound,
         "generate_fraction_of_bound": found["generate_alone"]["tokens_per_s"] / bound,
