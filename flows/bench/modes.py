@@ -80,21 +80,21 @@ def _staleness(store: Store, run: RunRef, steps: int) -> int:
 
 
 def _print(found: dict[str, dict[str, float]], console: Console) -> None:
-    title = f"Modes on the arithmetic recipe, medians of {STEPS} steps"
-    table = Table("mode", "step ms", "predicted", "generate", "train", "rollout idle",
-                  "trainer idle", "samples/s", "reward/step", "reward/s", "oldest", title=title)  # fmt: skip
-    for mode, f in found.items():
-        table.add_row(
-            mode,
-            f"{f['step_s'] * 1e3:.0f}",
-            f"{f['predicted_s'] * 1e3:.0f} ({f['over_predicted']:+.0%})",
-            f"{f['generate_s'] * 1e3:.0f}",
-            f"{f['train_s'] * 1e3:.0f}",
-            f"{f['rollout_idle']:.0%}",
-            f"{f['trainer_idle']:.0%}",
-            f"{f['samples_per_s']:.0f}",
-            f"{f['reward_per_step']:+.4f}",
-            f"{f['reward_per_s']:+.4f}",
-            f"{f['staleness_max']:.0f} of {f['staleness_bound']:.0f}",
-        )
+    table = Table("", *found, title=f"Modes on the arithmetic recipe, medians of {STEPS} steps")
+    rows = {
+        "step, ms": lambda f: f"{f['step_s'] * 1e3:.0f}",
+        "as predicted": lambda f: f"{f['predicted_s'] * 1e3:.0f} ({f['over_predicted']:+.0%})",
+        "generate, ms": lambda f: f"{f['generate_s'] * 1e3:.0f}",
+        "train, ms": lambda f: f"{f['train_s'] * 1e3:.0f}",
+        "rollout idle": lambda f: f"{f['rollout_idle']:.0%}",
+        "trainer idle": lambda f: f"{f['trainer_idle']:.0%}",
+        "samples/s": lambda f: f"{f['samples_per_s']:.0f}",
+        "reward gained per step": lambda f: f"{f['reward_per_step']:+.4f}",
+        "reward gained per s": lambda f: f"{f['reward_per_s']:+.4f}",
+        "oldest token, versions": lambda f: (
+            f"{f['staleness_max']:.0f} of {f['staleness_bound']:.0f}"
+        ),
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *(cell(f) for f in found.values()))
     console.print(table)

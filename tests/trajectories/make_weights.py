@@ -4,7 +4,6 @@ They are kept with the tests, so this runs only where the model itself is to be 
 bfloat16 they take half the space; training computes in float32.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -12,39 +11,64 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rollflow.flows.demo import FOLDERS
 from rollflow.flows.recipes import arithmetic
+from rollflow.storage.checkpoints import fetch_checkpoint, newest_checkpoint
+from rollflow.storage.config import StoreConfig
+from rollflow.storage.objects import Store
+from rollflow.storage.runs import open_run
 
-from .trajectory import START, TEACHER, down
+from .trajectory import MODEL, START, TEACHER, down
+
+WARM = (
+    *(
+        "--name",
+        "warm",
+        "--model.path",
+        "arithmetic/model",
+        "--data.path",
+        "arithmetic/train.jsonl",
+    ),
+    *("--steps", "1500", "--stop.at_least", "0.85", "--lr", "1e-3", "--trainer.ranks", "1"),
+)
+EVAL = (
+    '{name = "heldout", every = %d, data = {path = "arithmetic/heldout.jsonl", shuffle = false}, '
+    "sampling = {temperature = 0.0, max_new_tokens = 4}}"
+)
 
 
 def main() -> None:
-    """Keep what the demo begins GRPO with and what it ends with."""
-    parser = argparse.ArgumentParser(prog="python -m tests.trajectories.make_weights")
-    parser.add_argument("--demo", type=Path, help="folder where `rollflow demo` ran; else it runs")
-    ran = parser.parse_args().demo
-    if ran:
-        _keep(ran)
-        return
+    """Warm up, train on to a teacher, and keep both."""
     with tempfile.TemporaryDirectory(prefix="rollflow-weights-") as name:
+        folder = Path(name)
+        arithmetic.make(folder / "arithmetic", model=MODEL)
         try:
-            subprocess.run([sys.executable, "-m", "rollflow", "demo"], cwd=name, check=True)
-            _keep(Path(name))
+            _run(folder, "sft", "arithmetic_sft_cpu", *WARM, "--evals", f"[{EVAL % 20}]")
+            _keep(folder, "warm", START)
+            more = ("--name", "teacher", "--stop.at_least", "0.98", "--trainer.load", str(START))
+            _run(folder, "sft", "arithmetic_sft_cpu", *WARM, "--evals", f"[{EVAL % 20}]", *more)
+            _keep(folder, "teacher", TEACHER)
         finally:
-            down(Path(name))
+            down(folder)
 
 
-def _keep(demo: Path) -> None:
+def _run(folder: Path, *words: str) -> None:
+    subprocess.run([sys.executable, "-m", "rollflow", *words], cwd=folder, check=True)
+
+
+def _keep(folder: Path, run: str, place: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    for weights, place in (("warm", START), ("trained", TEACHER)):
-        folder = demo / FOLDERS["cpu"] / weights
-        shutil.rmtree(place, ignore_errors=True)
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(place)
-        model = arithmetic.MODEL | {"torch_dtype": "bfloat16"}
-        (place / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-        for file in folder.glob("token*.json"):
+    store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
+    checkpoint = newest_checkpoint(store, open_run(store, run))
+    assert checkpoint is not None
+    weights = fetch_checkpoint(store, checkpoint, folder) / "hf"
+    shutil.rmtree(place, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16)
+    model.save_pretrained(place)
+    (place / "config.json").write_text(json.dumps(MODEL, indent=2) + "\n")
+    for file in (folder / "arithmetic/model").iterdir():
+        if file.name != "config.json":
             shutil.copy(file, place / file.name)
 
 
