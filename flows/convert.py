@@ -3,6 +3,7 @@
 from prefect import flow
 
 from rollflow.tasks.convert import ConvertConfig, Converted, convert_checkpoint
+from rollflow.tasks.events import end_told
 from rollflow.tasks.restarts import refuse_crash_loop
 
 
@@ -10,4 +11,5 @@ from rollflow.tasks.restarts import refuse_crash_loop
 async def convert(config: ConvertConfig) -> Converted:
     """Hugging Face to torch_dist, or torch_dist to Hugging Face; the source decides which."""
     await refuse_crash_loop(f"conversion to {config.target}")
-    return await convert_checkpoint(config)
+    with end_told():
+        return await convert_checkpoint(config)

@@ -7,6 +7,7 @@ from prefect import flow
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import read_run
+from rollflow.tasks.events import end_told
 from rollflow.tasks.restarts import refuse_crash_loop
 
 from .arguments import build_config, merged
@@ -38,11 +39,12 @@ async def evaluate_run(
             and the checkpoint is worse than an earlier one.
     """
     await refuse_crash_loop(f"evaluation of {run}")
-    config = stored_config(store, run, settings)
-    summary = await evaluate.fn(config, step)
-    for version in summary.evaluations:
-        await judge(config, summary.run, version, training)
-    return summary
+    with end_told():
+        config = stored_config(store, run, settings)
+        summary = await evaluate.fn(config, step)
+        for version in summary.evaluations:
+            await judge(config, summary.run, version, training)
+        return summary
 
 
 @flow(name="replay", flow_run_name="replay {run} into {into}")
@@ -65,9 +67,10 @@ async def replay_run(
         settings: tables and settings laid over those of the run.
     """
     await refuse_crash_loop(into)
-    over = {**(settings or {}), "name": into}
-    config, _ = gated(stored_config(store, run, over), run, asked="gates" in over)
-    return await replay.fn(config, run, first, end)
+    with end_told():
+        over = {**(settings or {}), "name": into}
+        config, _ = gated(stored_config(store, run, over), run, asked="gates" in over)
+        return await replay.fn(config, run, first, end)
 
 
 @flow(name="rescore", flow_run_name="rescore {run} into {into}")
@@ -90,8 +93,9 @@ async def rescore_run(
         store: where the runs are kept.
     """
     await refuse_crash_loop(into)
-    config = stored_config(store, run, {"name": into, "rollout": {"reward": reward}})
-    return await rescore.fn(config, run, first, end)
+    with end_told():
+        config = stored_config(store, run, {"name": into, "rollout": {"reward": reward}})
+        return await rescore.fn(config, run, first, end)
 
 
 def stored_config(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rollflow.tasks.events import Announcements, tell_ended
+from rollflow.tasks.events import Announcements, end_told
 from rollflow.tasks.pausing import StepBoundary, pausing_between_steps
 from rollflow.tasks.preflight import RunPlan
 
@@ -49,8 +49,5 @@ def operated(config: RunConfig) -> Iterator[Operation]:
     """A run that a person may suspend; it stops between two steps, with its engines, and it outlives the
     worker that started it."""
     outlive_the_reader()
-    try:
-        with pausing_between_steps() as boundary:
-            yield Operation(config, boundary)
-    finally:
-        tell_ended()
+    with end_told(), pausing_between_steps() as boundary:
+        yield Operation(config, boundary)

@@ -162,7 +162,7 @@ def _start(port: int) -> LocalServer:
     address = ["--host", "127.0.0.1", "--port", str(port)]
     with _log().open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", *address],
+            [sys.executable, "-m", "rollflow.flows.prefect_server", "server", "start", *address],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

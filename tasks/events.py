@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.context import FlowRunContext
@@ -100,9 +101,17 @@ def tell_regression(run: RunRef, version: int, facts: Mapping[str, Any]) -> None
     )
 
 
-def tell_ended() -> None:
-    """Say that this flow run's process ends in order, however: whoever waits for the next heartbeat must
-    not take it for dead. Nothing happens outside of a flow run."""
+@contextmanager
+def end_told() -> Iterator[None]:
+    """After this block, however it ends, say that this flow run's process ends in order: whoever waits for
+    the next heartbeat must not take it for dead. Nothing happens outside of a flow run."""
+    try:
+        yield
+    finally:
+        _tell_ended()
+
+
+def _tell_ended() -> None:
     context = FlowRunContext.get()
     if context and (flow_run := context.flow_run):
         resource = {

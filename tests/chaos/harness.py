@@ -41,7 +41,7 @@ VICTIMS = {
     "sglang scheduler": ("sglang::scheduler",),
     "router": ("sglang::router",),
     "raylet": ("raylet/raylet",),
-    "prefect server": ("prefect server start",),
+    "prefect server": ("prefect_server server start",),
 }
 """Process -> words that all stand in its command line."""
 

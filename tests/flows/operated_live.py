@@ -146,5 +146,11 @@ class TestKills:
             os.kill(pid, signal.SIGKILL)
         self.goes_on(stack, "SIGKILL of worker and flow at once")
 
+    def test_what_had_ended_in_order_was_not_started_again(self, running):
+        assert running.state("a") == "Cancelled"
+        assert running.state("b") == "Completed"
+        evaluations = running.flow_runs("evaluate a")
+        assert {run["run_count"] for run in evaluations} == {1}
+
     def worker(self, stack):
         return json.loads((stack.folder / ".rollflow/prefect/stack.json").read_text())["worker"]

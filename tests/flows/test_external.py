@@ -1,4 +1,5 @@
-"""A whole training on two SGLang servers that somebody else started, one of which dies on the way."""
+"""A whole training on two SGLang servers that somebody else started, one of which dies on the way. More
+groups are begun than are trained on, for a filter drops some."""
 
 import asyncio
 import subprocess
@@ -31,10 +32,13 @@ random_weights = true
 path = "arithmetic/train.jsonl"
 [rollout]
 batch_size = 8
+over_sampling_batch_size = 12
 n_samples_per_prompt = 4
 servers = 0
 reward = "rollflow.engines.rewards.exact_match:exact_match"
 sampling = {{ max_new_tokens = 4 }}
+[hooks]
+dynamic_filter = "my_filter:two_of_three"
 [rollout.external]
 urls = {urls}
 weights = "weights"
@@ -43,6 +47,11 @@ health_every_s = 0.5
 max_tokens_per_micro_batch = 64
 [megatron]
 lr = 1e-3
+"""
+
+FILTER = """
+def two_of_three(samples):
+    return int(samples[0].prompt_id.rpartition(":")[2]) % 3 != 0
 """
 
 
@@ -61,6 +70,7 @@ def trained(tmp_path_factory) -> Iterator[tuple[Path, list[str], str]]:
     try:
         urls = asyncio.run(start())
         (folder / "run.toml").write_text(CONFIG.format(steps=STEPS, urls=urls))
+        (folder / "my_filter.py").write_text(FILTER)
         with (folder / "told").open("wb") as told:
             run = subprocess.Popen(
                 [sys.executable, "-m", "rollflow", "train", "run.toml"],
@@ -96,6 +106,7 @@ def test_every_sample_of_every_step_is_there_and_was_generated_by_the_trainers_w
         assert batch is not None
         samples = read_batch(store, batch)
         assert len({s.sample_id for s in samples}) == 32
+        assert {int(s.prompt_id.rpartition(":")[2]) % 3 for s in samples} == {1, 2}
         assert {v for s in samples for v in s.policy_versions} == {record.step}
         assert record.metrics["mismatch/logprob_gap_max"] < 1e-4
 
