@@ -25,7 +25,7 @@ async def _writing(begin_transaction: bool = True) -> AsyncIterator[AsyncSession
 
 def main() -> None:
     """Run Prefect's command line."""
-    triggers.automations_session = _writing
+    setattr(triggers, "automations_session", _writing)  # noqa: B010 - not exported
     app()
 
 
