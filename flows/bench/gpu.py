@@ -39,7 +39,7 @@ LIMIT_S = 480
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
 RUN_PROMPT_TOKENS = 6
 """Of the recipe's own prompts, at most."""
-ROWS = {"0.6b": 64, "1.7b": 16, "4b": 8}
+ROWS = {"0.6b": 32, "1.7b": 16, "4b": 8}
 """Samples in a micro-batch."""
 SERVER_SHARE = {"4b": 0.3}
 """Of the GPU's memory, where the trainer's needs more than half."""

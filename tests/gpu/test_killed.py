@@ -30,7 +30,7 @@ WORDS = (
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_warmup_steps", "0"),
     *("--rollout.batch_size", "16", "--checkpoint.hf", "false", "--checkpoint.every", "3"),
     *("--rollout.reward", "rollflow.flows.recipes.throughput:share_of_even_tokens"),
-    *("--rollout.deterministic", "true"),
+    *("--rollout.deterministic", "true", "--sglang.mem_fraction_static", "0.2"),
     *("--model.path", ".rollflow/arithmetic-gpu/model"),
 )
 
