@@ -76,8 +76,8 @@ async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
             except RuntimeError as error:  # the other parts are figures still
                 found["failed"] = {**found.get("failed", {}), name: str(error)[-500:]}
             console.print_json(json.dumps({"shape": shape, "part": name, **found}), indent=None)
+        facts[shape] = {"trl_iteration_s": None, **found, **_bound(shape, facts, found)}
         if "mfu" in found:
-            facts[shape] = {"trl_iteration_s": None, **found, **_bound(shape, facts, found)}
             _print(shape, card, facts[shape], console)
     facts["seconds"] = time.perf_counter() - started
     return facts
