@@ -71,10 +71,13 @@ async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
             if gone_s + seconds > LIMIT_S and not (shape == shapes[0] and part in NEEDED):
                 console.print(f"bench gpu: {gone_s:.0f} s are gone, no time for {shape}: {name}")
                 continue
-            found |= await part(shape)
+            try:
+                found |= await part(shape)
+            except RuntimeError as error:  # the other parts are figures still
+                found["failed"] = {**found.get("failed", {}), name: str(error)[-500:]}
             console.print_json(json.dumps({"shape": shape, "part": name, **found}), indent=None)
+        facts[shape] = {"trl_iteration_s": None, **found, **_bound(shape, facts, found)}
         if "mfu" in found:
-            facts[shape] = {"trl_iteration_s": None, **found, **_bound(shape, facts, found)}
             _print(shape, card, facts[shape], console)
     facts["seconds"] = time.perf_counter() - started
     return facts

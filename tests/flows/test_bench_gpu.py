@@ -1,0 +1,39 @@
+"""What the GPU's bench decides before and beside measuring; it needs no GPU here."""
+
+from rich.console import Console
+
+from rollflow.flows.bench import gpu
+
+
+async def measured(monkeypatch, memory_gib, parts):
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "a card")
+    monkeypatch.setattr(gpu, "gpu_memory_gib", lambda: memory_gib)
+    monkeypatch.setattr(gpu, "hbm_bytes_per_s", lambda: 1e12)
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    return await gpu.measure(Console(quiet=True), ("0.6b", "4b"))
+
+
+async def speed(shape):
+    return {"sync_ms": 1.0}
+
+
+async def broken(shape):
+    raise RuntimeError("a gate")
+
+
+async def test_a_shape_that_does_not_fit_is_refused_by_name(monkeypatch):
+    facts = await measured(monkeypatch, 80.0, (("a part", 1, speed),))
+    assert facts["4b"] == {"refused": "needs about 91 GiB, the GPU has 80"}
+
+
+async def test_a_part_that_fails_is_named_and_the_others_are_measured(monkeypatch):
+    parts = (("training alone", 1, broken), ("a part", 1, speed))
+    facts = await measured(monkeypatch, 80.0, parts)
+    assert facts["0.6b"]["failed"] == {"training alone": "a gate"}
+    assert facts["0.6b"]["sync_ms"] == 1.0
+
+
+def test_shapes_have_the_sizes_of_their_names():
+    assert 0.59e9 < gpu.parameters("0.6b") < 0.61e9
+    assert 1.7e9 < gpu.parameters("1.7b") < 1.73e9
+    assert 4.0e9 < gpu.parameters("4b") < 4.1e9
