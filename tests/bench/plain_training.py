@@ -29,9 +29,10 @@ def loss_of(model, ids):
     """Sum over tokens; a chunk's logits are computed again for their gradient."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
     parts = zip(hidden.split(CHUNK), ids[:, 1:].flatten().split(CHUNK), strict=True)
-    return sum(
+    losses = [
         checkpoint(chunk_loss, h, model.lm_head.weight, y, use_reentrant=False) for h, y in parts
-    )
+    ]
+    return torch.stack(losses).sum()
 
 
 def flops_per_token(shape):

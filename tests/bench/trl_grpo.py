@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -28,7 +29,7 @@ PROMPTS, SAMPLES, PROMPT_TOKENS = 32, 8, 64
 
 
 def random_model(shape):
-    sizes = dict(SHAPES[shape])
+    sizes: dict[str, Any] = {**SHAPES[shape], "rope_theta": 1e6}
     heads = sizes.pop("heads")
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -36,7 +37,6 @@ def random_model(shape):
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=4096,
-        rope_theta=1e6,
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=None,
