@@ -49,6 +49,11 @@ def shot(page: Page, name: str) -> None:
     page.screenshot(path=str(SHOTS / f"{name}.png"), full_page=True)
 
 
+def confirm(page: Page) -> None:
+    """Push the button that does what the dialog asks about: its last one."""
+    page.locator(".p-modal").get_by_role("button").last.click()
+
+
 def deployment(stack: Stack) -> str:
     found = stack.post("deployments/filter", deployments={"name": {"any_": ["run"]}})
     return next(d["id"] for d in found if "preset" in d["tags"])
@@ -80,7 +85,7 @@ def test_it_is_suspended_and_resumed_by_its_buttons(stack, page):
     page.goto(f"/runs/flow-run/{flow_run(stack, 'ui')}")
     page.get_by_role("button", name="Suspend").first.click()
     shot(page, "5-suspend")
-    page.get_by_role("button", name="Suspend").last.click()
+    confirm(page)
     stack.wait("suspension", lambda: stack.status("ui")["phase"] == "suspended")
     store, run = stack.stored("ui")
     before = step_numbers(store, run)
@@ -90,7 +95,7 @@ def test_it_is_suspended_and_resumed_by_its_buttons(stack, page):
     shot(page, "6-suspended")
     page.get_by_role("button", name="Resume").first.click()
     shot(page, "7-resume")
-    page.get_by_role("button", name="Resume").last.click()
+    confirm(page)
     stack.wait("new steps", lambda: len(step_numbers(store, run)) > len(before) + 3)
 
 
@@ -118,7 +123,7 @@ def test_it_is_cancelled_by_its_button(stack, page):
     page.goto(f"/runs/flow-run/{flow_run(stack, 'ui')}")
     page.get_by_role("button", name="Cancel").first.click()
     shot(page, "11-cancel")
-    page.get_by_role("button", name="Cancel").last.click()
+    confirm(page)
     stack.wait("cancellation", lambda: stack.state("ui") == "Cancelled")
     page.goto(f"/runs/flow-run/{flow_run(stack, 'ui')}")
     expect(page.get_by_text("Cancelled").first).to_be_visible()
