@@ -50,8 +50,9 @@ def shot(page: Page, name: str) -> None:
 
 
 def confirm(page: Page) -> None:
-    """Push the button that does what the dialog asks about: its last one."""
-    page.locator(".p-modal").get_by_role("button").last.click()
+    """Push the button that does what the dialog asks about."""
+    buttons = page.locator(".p-modal__footer").get_by_role("button")
+    buttons.filter(has_not_text="Close").click()
 
 
 def deployment(stack: Stack) -> str:
