@@ -41,6 +41,7 @@ def page(stack) -> Iterator[Page]:
             base_url=stack.server["url"], viewport={"width": 1400, "height": 1200}
         )
         page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
         yield page
         browser.close()
 
