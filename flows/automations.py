@@ -38,9 +38,10 @@ async def deploy_automations(client: PrefectClient, evaluate: str, tag: str) -> 
         evaluate: id of the deployment that evaluates a checkpoint.
         tag: of the flow runs that are watched.
     """
-    for automation in automations(evaluate, tag):
-        for standing in await client.read_automations_by_name(automation.name):
+    for standing in await client.read_automations():
+        if standing.name.startswith(PREFIX):  # those too that an earlier version named otherwise
             await client.delete_automation(standing.id)
+    for automation in automations(evaluate, tag):
         await client.create_automation(automation)
 
 

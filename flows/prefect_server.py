@@ -9,6 +9,7 @@ transaction asks for the right to write before it reads, and waits for it. Postg
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import prefect
 from prefect.cli import app
 from prefect.server.database import provide_database_interface
 from prefect.server.events import triggers
@@ -24,7 +25,16 @@ async def _writing(begin_transaction: bool = True) -> AsyncIterator[AsyncSession
 
 
 def main() -> None:
-    """Run Prefect's command line."""
+    """Run Prefect's command line.
+
+    Raises:
+        RuntimeError: this Prefect counts events in another way than the one that was looked at.
+    """
+    if not hasattr(triggers, "automations_session"):
+        raise RuntimeError(
+            f"Prefect {prefect.__version__} has no prefect.server.events.triggers.automations_session; "
+            "install 3.8.8"
+        )
     setattr(triggers, "automations_session", _writing)  # noqa: B010 - not exported
     app()
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
+from rollflow.flows.recipes import throughput
+
 PARTS = ("iteration", "recovery", "storage", "training", "conversion", "modes", "tail", "gpu")
 """Modules of this folder, in the order in which they run."""
 ON_REQUEST = ("orchestration",)
@@ -31,12 +33,16 @@ async def run_bench(
     leaves those of the file's other shapes.
 
     Raises:
-        ValueError: there is no part of that name.
+        ValueError: there is no part or shape of that name, or shapes are given and ``gpu`` is not.
     """
     for name in only:
         if name not in PARTS + ON_REQUEST:
             known = ", ".join(PARTS + ON_REQUEST)
             raise ValueError(f"--only {name}: no such part; there are {known}")
+    for shape in shapes:
+        if shape not in throughput.SHAPES or "gpu" not in only:
+            known = ", ".join(throughput.SHAPES)
+            raise ValueError(f"--shape {shape}: takes {known}, and goes with --only gpu")
     output.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
     facts |= {"cores": os.cpu_count(), "machine": platform.machine()}

@@ -67,6 +67,7 @@ def trained(tmp_path_factory) -> Iterator[tuple[Path, list[str], str]]:
         up = await asyncio.gather(*(s.start(model, {}, 0, 300.0) for s in theirs))
         return [info.url for info in up]
 
+    run: subprocess.Popen[bytes] | None = None
     try:
         urls = asyncio.run(start())
         (folder / "run.toml").write_text(CONFIG.format(steps=STEPS, urls=urls))
@@ -81,6 +82,9 @@ def trained(tmp_path_factory) -> Iterator[tuple[Path, list[str], str]]:
             assert run.wait(300) == 0, (folder / "told").read_text()
         yield folder, urls, (folder / "told").read_text()
     finally:
+        if run is not None:
+            run.kill()
+            run.wait()
         for server in theirs:
             server.stop()
         subprocess.run([sys.executable, "-m", "rollflow", "down"], cwd=folder, timeout=100)

@@ -25,6 +25,8 @@ pytestmark = [
 STEPS, KILLED_AFTER = 6, 4
 """Steps of a run; how many are committed when the other run's flow is killed."""
 START_S = 200
+STARTED: list[subprocess.Popen[bytes]] = []
+"""None of them outlives the test."""
 WORDS = (
     *("--steps", str(STEPS), "--model.random_weights", "true", "--evals", "[]"),
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_warmup_steps", "0"),
@@ -37,13 +39,15 @@ WORDS = (
 
 def start(folder, name):
     with (folder / f"{name}.txt").open("ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "rollflow", "train", "arithmetic_gpu", *WORDS, "--name", name],
             cwd=folder,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    STARTED.append(process)
+    return process
 
 
 def digests(folder, name):
@@ -80,6 +84,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
         lost_s = time.monotonic() - killed
         assert again.wait(START_S) == 0
     finally:
+        for process in STARTED:
+            process.kill()
+            process.wait()
         subprocess.run([sys.executable, "-m", "rollflow", "down"], cwd=tmp_path, check=False)
     facts = {"killed_after_steps": len(before), "seconds_until_the_next_step": round(lost_s, 1)}
     print(json.dumps({**facts, "card": torch.cuda.get_device_name()}))
