@@ -34,7 +34,7 @@ def convert(
     shard_bytes: size of a safetensors file.
     trust_remote_code: run code that the model's folder brings.
     """
-    from rollflow.tasks.convert import ConvertConfig, export_as_rank
+    from rollflow.engines.conversion.config import ConvertConfig
 
     config = ConvertConfig(
         source=source,
@@ -46,6 +46,8 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     if "LOCAL_RANK" in os.environ:
+        from rollflow.tasks.convert import export_as_rank
+
         from .arguments import overlay
 
         export_as_rank(config, overlay({}, words).get("megatron", {}))

@@ -43,11 +43,12 @@ def fork(
     run: name of the run.
     step: step of the checkpoint.
     """
-    from .derive import derived_config
-    from .derive import fork as fork_flow
+    from .derived import derived_config
 
     config = derived_config(store, run, into, _words(words, set_))
     ui = server.use_server()
+    from .derive import fork as fork_flow
+
     _print(config, asyncio.run(fork_flow(config, run, step)), ui)
 
 
@@ -68,8 +69,7 @@ def replay(
     run: name of the run.
     steps: a:b for steps a to b-1; either may be left out. From step a > 0 on it needs the checkpoint of a-1.
     """
-    from .derive import replay as replay_flow
-    from .derive import replay_config
+    from .derived import replay_config
 
     first, end = _range(steps)
     config, changed = replay_config(store, run, into, _words(words, set_))
@@ -78,6 +78,8 @@ def replay(
     if changed:
         console.print("so gates on log-probabilities are off, unless gates.* are set")
     ui = server.use_server()
+    from .derive import replay as replay_flow
+
     _print(config, asyncio.run(replay_flow(config, run, first, end)), ui)
 
 
@@ -96,12 +98,13 @@ def rescore(
     reward: the reward function, pkg.mod:fn.
     steps: a:b for steps a to b-1; either may be left out.
     """
-    from .derive import derived_config
-    from .derive import rescore as rescore_flow
+    from .derived import derived_config
 
     first, end = _range(steps)
     config = derived_config(store, run, into, ["--rollout.reward", reward])
     server.use_server()
+    from .derive import rescore as rescore_flow
+
     found = asyncio.run(rescore_flow(config, run, first, end))
     for step, (before, after) in sorted(found.rewards.items()):
         console.print(f"  step {step}: mean reward {before:.3f} -> {after:.3f}", highlight=False)
@@ -120,10 +123,11 @@ def rollout(config: str, *words: Words, weights_of: str = "", step: int | None =
     step: step of that checkpoint; the newest unless given.
     """
     from .arguments import load_config, recipes
-    from .rollout import rollout as rollout_flow
 
     resolved = load_config(recipes().get(config, config), words)
     server.use_server()
+    from .rollout import rollout as rollout_flow
+
     found = asyncio.run(rollout_flow(resolved, weights_of, step))
     console.print(f"{resolved.name}: {len(found.batches)} batches in {found.run.url}")
     console.print(f"  train on them: rollflow replay {resolved.name} --into NEW")

@@ -1,6 +1,5 @@
 """Runs made from other runs: continued otherwise, trained again, scored again."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from prefect import flow
@@ -13,7 +12,6 @@ from rollflow.tasks.commit import commit_step
 from rollflow.tasks.derive import (
     Source,
     derive_run,
-    differences,
     find_source,
     replay_origin,
     rescore_batch,
@@ -23,14 +21,10 @@ from rollflow.tasks.preflight import RunPlan, find_plan
 from rollflow.tasks.recovery import from_the_log, only_writer
 from rollflow.tasks.train import train_step
 
-from .arguments import build_config, overlay, stored_settings
 from .config import RunConfig
 from .operation import Operation, operated
 from .progress import Progress, RunSummary
 from .train import train
-
-NO_GATE = 1e9
-GATES = ("logprob_gap_max", "logprob_gap_mean", "mismatch_kl")
 
 
 @flow(name="fork", flow_run_name="{config.name}")
@@ -136,37 +130,3 @@ async def rescore(config: RunConfig, source: str, first: int, end: int | None) -
                 rewards={**summary.rewards, batch.step: (before, after)},
             )
     return summary
-
-
-def derived_config(store: str, source: str, name: str, words: Sequence[str]) -> RunConfig:
-    """The settings of ``source`` under another name, with ``words`` laid over them.
-
-    A table whose kind the words change (``algorithm.name``) keeps nothing of the old kind.
-    """
-    settings = stored_settings(store, source)
-    given = overlay({}, words)
-    kind = given.get("algorithm", {}).get("name")
-    if kind and kind != settings["algorithm"]["name"]:
-        settings = {**settings, "algorithm": {"name": kind}}
-    return build_config(overlay({**settings, "name": name}, words))
-
-
-def replay_config(
-    store: str, source: str, name: str, words: Sequence[str]
-) -> tuple[RunConfig, dict[str, str]]:
-    """The settings of a replay, and those of them that make it come out other than ``source``.
-
-    Where there are any, the stored log-probabilities are of other weights from the second step on:
-    gates that compare them are off then, unless the words set them.
-    """
-    config = derived_config(store, source, name, words)
-    return gated(config, source, asked=bool(overlay({}, words).get("gates")))
-
-
-def gated(config: RunConfig, source: str, *, asked: bool) -> tuple[RunConfig, dict[str, str]]:
-    """The settings of a replay with gates that suit them, and what differs from ``source``."""
-    changed = differences(config, source)
-    if changed and not asked:
-        gates = config.gates.model_copy(update=dict.fromkeys(GATES, NO_GATE))
-        config = config.model_copy(update={"gates": gates})
-    return config, changed

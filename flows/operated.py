@@ -12,7 +12,8 @@ from rollflow.tasks.restarts import refuse_crash_loop
 
 from .arguments import build_config, merged
 from .config import RunConfig
-from .derive import RescoreSummary, gated, replay, rescore
+from .derive import RescoreSummary, replay, rescore
+from .derived import gated
 from .evaluate import evaluate
 from .judging import judge
 from .progress import RunSummary

@@ -64,9 +64,15 @@ class LocalServer(KeptProcess):
 
 
 def use_server() -> str:
-    """Point this process at a Prefect server, starting the local one if need be; returns its UI URL."""
+    """Point this process at a Prefect server, starting the local one if need be; returns its UI URL.
+
+    Raises:
+        RuntimeError: Prefect was imported before, and would start a hidden server of its own.
+    """
     if api := os.environ.get("PREFECT_API_URL"):
         return api.removesuffix("/api")
+    if "prefect" in sys.modules:
+        raise RuntimeError("Prefect was imported before its server was chosen: import it later")
     server = _ensure()
     os.environ.update(_settings(), PREFECT_API_URL=server.api_url)
     threading.Thread(target=_keep, name="prefect server", daemon=True).start()

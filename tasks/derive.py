@@ -22,11 +22,11 @@ from rollflow.storage.origins import (
     stored_batches,
 )
 from rollflow.storage.refs import BatchRef, CheckpointRef, RunRef
-from rollflow.storage.runs import Origin, config_differences, open_run, read_run, run_ref
+from rollflow.storage.runs import Origin, open_run, run_ref
 from rollflow.storage.samples import Sample, Status
 from rollflow.storage.shards import ShardWriter
 
-from .preflight import identity, open_or_create
+from .preflight import open_or_create
 from .settings import RunSettings
 
 ROWS_PER_PART = 512
@@ -87,19 +87,6 @@ def replay_origin(store: StoreConfig, source: str, first: int) -> Origin:
     opened = Store(store)
     home = batch_home(opened, open_run(opened, source))
     return Origin("replay", source, first, batches=home.name)
-
-
-def differences(config: RunSettings, source: str) -> dict[str, str]:
-    """The settings that decide what a step computes and are not the source's, as ``old -> new``.
-
-    One that the source's version of rollflow did not know has its default, which changes nothing.
-    """
-    record = read_run(Store(config.store), source)
-    found = config_differences(record.config, identity(config))
-    rescored = record.origin is not None and record.origin.kind == "rescore"
-    found = {key: change for key, change in found.items() if not change.startswith("unset -> ")}
-    changed = {key: change for key, change in found.items() if key != "name"}
-    return changed | ({"rewards": "scored again"} if rescored else {})
 
 
 @dataclass(frozen=True, slots=True)

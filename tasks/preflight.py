@@ -2,15 +2,12 @@
 
 import importlib.metadata
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
@@ -19,6 +16,7 @@ from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.runs import Origin, create_run
 
 from .checks import check_settings, check_template
+from .identity import identity, the_rest
 from .settings import RunSettings
 
 PACKAGES = (
@@ -33,21 +31,6 @@ PACKAGES = (
     "prefect",
     "pyarrow",
 )
-MAY_CHANGE = (
-    "steps",
-    "cluster",
-    "checkpoint",
-    "store",
-    "evals",
-    "stop",
-    "gates",
-    "regression",
-    "report",
-)
-"""Settings that do not decide what a committed step was: they may differ when a run goes on."""
-LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL, "rollout": ("external",)}
-"""Settings, by table, of how the model is spread over ranks and machines: they may differ too, for
-they change what a step computes by rounding alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,30 +88,6 @@ def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
     checkpoint, damaged = newest_valid_checkpoint(Store(config.store), run)
     next_step = checkpoint.step + 1 if checkpoint else 0
     return RunPlan(run, next_step, checkpoint, tuple(str(error) for error in damaged))
-
-
-def identity(config: RunSettings) -> dict[str, Any]:
-    """The settings that decide what a step computes: those that a continued run must repeat.
-
-    ``steps`` is one of them where the learning rate decays until the last step.
-    """
-    tree = config.model_dump(mode="json")
-    trainer = config.trainer
-    follows_steps = trainer.lr_decay_style != "constant" and not trainer.lr_decay_steps
-    free = [key for key in MAY_CHANGE if key != "steps" or not follows_steps]
-    decides = {key: value for key, value in tree.items() if key not in free}
-    for table, names in LAYOUT.items():
-        decides[table] = {k: v for k, v in decides[table].items() if k not in names}
-    return decides
-
-
-def the_rest(config: RunSettings, decides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not in ``decides``, table by table."""
-    tree = config.model_dump(mode="json")
-    rest = {key: value for key, value in tree.items() if key not in decides}
-    for table, names in LAYOUT.items():
-        rest[table] = {k: v for k, v in tree[table].items() if k in names}
-    return rest
 
 
 def versions() -> dict[str, str]:

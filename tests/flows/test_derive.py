@@ -1,8 +1,10 @@
 """Runs made from a run, by the command line: replayed, scored again, forked, and asked about."""
 
+import json
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from rollflow.storage import open_run
@@ -107,3 +109,11 @@ def test_what_a_checkpoint_and_a_sample_came_from_is_told(derive_folder, stored)
     told = rollflow("lineage", "source", f"{sample['group_id']}#{sample['index']}")
     for fact in (str(sample["seed"]), sample["grader"], "1 x", "step 1 of source", "gradient norm"):
         assert fact in told
+
+
+def test_the_server_that_the_commands_name_shows_their_flows(derive_folder):
+    folder, rollflow = derive_folder
+    rollflow("rescore", "source", "--reward", "my_reward:longest", "--into", "seen")
+    server = json.loads((folder / ".rollflow/prefect/server.json").read_text())["url"]
+    found = httpx.post(f"{server}/api/flow_runs/filter", json={"limit": 100}, timeout=30).json()
+    assert {"source", "seen"} <= {r["name"] for r in found if r["state_type"] == "COMPLETED"}
