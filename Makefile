@@ -1,6 +1,6 @@
 # Two commands matter: make demo, make test. Each makes the environment it needs.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity reference trajectories trl trackers operated topology ui deploy-check mutants check chaos bench stores s3-servers clean
+.PHONY: help install demo test parity reference trajectories trl trackers operated evaluated topology ui deploy-check mutants check chaos bench stores s3-servers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +54,9 @@ trackers: $(TRACKERS)/.installed  ## Write to W&B and MLflow offline and read ba
 
 operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it must go on by itself (5 minutes)
 	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/operated_live.py
+
+evaluated: $(INSTALLED) ## Evaluate checkpoints beside a training with real engines (15 minutes)
+	@$(BIN)/pytest -s tests/flows/evaluated_live.py
 
 ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium
 	@PYTHONPATH=$(UI) $(BIN)/pytest -W ignore tests/flows/in_browser.py

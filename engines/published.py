@@ -23,6 +23,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 
 from . import weights
+from .checksums import Named, Tally, server_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class Published:
     url: str
     version: int
     digest: str
-    """:func:`.weights.weights_digest` of what it holds."""
+    """:func:`.checksums.weights_digest` of what it holds."""
     checksums: Mapping[str, str]
     """What ``/weights_checker`` says of a server that has loaded it."""
 
@@ -78,7 +79,7 @@ class Publication:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._files = HuggingFaceFolder(source, self._folder)
 
-    def passing(self, named: Iterable[weights.Named]) -> Iterator[weights.Named]:
+    def passing(self, named: Iterable[Named]) -> Iterator[Named]:
         """The same weights, each kept on its way."""
         for name, tensor in named:
             self._files.add(name, tensor)
@@ -162,7 +163,7 @@ def find(place: str, version: int) -> Published | None:
 
 def publish_files(place: str, version: int, model: Path, dtype: str) -> Published:
     """Publish the weights that a Hugging Face folder holds, in the type in which servers have them."""
-    tally = weights.Tally()
+    tally = Tally()
     publication = Publication(place, version, model)
     for name, tensor in publication.passing(_weights_of(model, dtype)):
         tally.add(name, tensor)
@@ -202,7 +203,7 @@ def load(url: str, path: str, published: Published, timeout_s: float) -> None:
         weights.verify(client, published.checksums, published.label)
 
 
-def _weights_of(model: Path, dtype: str) -> Iterator[weights.Named]:
+def _weights_of(model: Path, dtype: str) -> Iterator[Named]:
     """Parts of what servers fuse come in order (q, k, v)."""
     import torch
     from safetensors import safe_open
@@ -211,7 +212,7 @@ def _weights_of(model: Path, dtype: str) -> Iterator[weights.Named]:
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             places |= dict.fromkeys(opened.keys(), file)
-    for name in sorted(places, key=weights.server_name):
+    for name in sorted(places, key=server_name):
         with safe_open(places[name], "pt") as opened:
             yield name, opened.get_tensor(name).to(getattr(torch, dtype))
 

@@ -1,4 +1,4 @@
-"""What trainer and rollout servers agree on: names, buckets, versions and checksums of weights.
+"""How weights travel from trainer to rollout servers, and how servers prove that they hold them.
 
 Weights travel under their Hugging Face names, flattened into buckets. After a push every server
 must answer with the checksums of exactly these weights, under the names SGLang fuses them to, and
@@ -10,11 +10,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
-import hashlib
-import itertools
 import os
 import pickle
-import re
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,36 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from .checksums import Named, Tally, add_all, bytes_of, tally_for
 
+if TYPE_CHECKING:
     from .published import Publication
     from .weights_on_gpu import GpuTally
 
-Named = tuple[str, "Tensor"]
-
 BUCKET_BYTES = 512 << 20
-PADDED = {
-    "embed_tokens.weight": (0, 64),
-    "lm_head.weight": (0, 64),
-    "gate_proj.weight": (0, 32),
-    "up_proj.weight": (0, 32),
-    "down_proj.weight": (1, 32),
-}
-"""Dimension that an SGLang server pads with zeros, and to a multiple of what; the MLP's on a CPU."""
-
-FUSED = {
-    "q_proj": ("qkv_proj", 0),
-    "k_proj": ("qkv_proj", 1),
-    "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
-"""Hugging Face module -> the module that SGLang fuses it into, and its place there."""
-
-EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-"""A weight of one expert. SGLang keeps those of a layer in two tensors: ``w13``, with gate and up of
-one expert after another, and ``w2``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +37,7 @@ class PushResult:
 
     version: int
     digest: str
-    """:func:`weights_digest` of what was pushed."""
+    """:func:`~.checksums.weights_digest` of what was pushed."""
     bytes: int
     seconds: float
     servers: tuple[str, ...] = ()
@@ -141,15 +115,15 @@ def push(
                 bucket, is_last = next(buckets, (None, True))
             if bucket is None:
                 break
-            count = functools.partial(_count, tally, () if counted else bucket)
+            count_it = functools.partial(add_all, tally, () if counted else bucket)
             if not urls:
-                count()
+                count_it()
                 continue
             with contextlib.ExitStack() as sending:
                 with _added_to(parts, "pack"):
                     post = sending.enter_context(transport(bucket))
                 with _added_to(parts, "load"):
-                    each(post, version if is_last else None, count)
+                    each(post, version if is_last else None, count_it)
         with _added_to(parts, "verify"):
             checksums = tally.server_checksums()
             each(lambda client, version: verify(client, checksums, version), version)
@@ -173,123 +147,6 @@ def _added_to(parts: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         parts[name] += time.perf_counter() - started
-
-
-def weights_digest(named: Iterable[Named], like: str = "") -> str:
-    """The name of a set of weights: a hash over names, types, shapes and bytes, in any order.
-
-    It is of the kind that ``like`` is, or of that which suits where the weights are: sha256 of
-    their bytes on a CPU, sums over their words on a GPU.
-    """
-    return tally_of(named, like=like).digest()
-
-
-def tally_of(
-    named: Iterable[Named], *, for_servers: bool = False, like: str = ""
-) -> Tally | GpuTally:
-    """Count all weights; see :func:`tally_for`."""
-    tally, named = tally_for(named, for_servers=for_servers, like=like)
-    _count(tally, named)
-    return tally
-
-
-def tally_for(
-    named: Iterable[Named], *, for_servers: bool, like: str = ""
-) -> tuple[Tally | GpuTally, Iterator[Named]]:
-    """(the tally that suits these weights, the weights)."""
-    weights = iter(named)
-    first = next(weights, None)
-    if first is None:
-        return Tally(), weights
-    weights = itertools.chain([first], weights)
-    if not like and not first[1].is_cuda:
-        return Tally(), weights
-    from . import weights_on_gpu
-
-    if like and not like.startswith(weights_on_gpu.KIND):
-        return Tally(), weights
-    return weights_on_gpu.GpuTally(for_servers=for_servers), weights
-
-
-def _count(tally: Tally | GpuTally, named: Iterable[Named]) -> None:
-    for name, tensor in named:
-        tally.add(name, tensor)
-
-
-class Tally:
-    """Checksums of weights, gathered while they pass by under their Hugging Face names."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._lines: list[str] = []
-        self._fused: dict[str, tuple[int, Any]] = {}
-        self._early: dict[str, dict[int, bytes]] = {}
-        """Experts that came before others of their layer, which are on other ranks."""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up), but for
-        experts, which may come in any."""
-        data = _on_host(tensor)
-        self.bytes += len(data)
-        own = hashlib.sha256(data).hexdigest()
-        self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {own}")
-        fused, place = server_name(name)
-        expected, hasher = self._fused.get(fused, (0, hashlib.sha256()))
-        if EXPERT.fullmatch(name):
-            early = self._early.setdefault(fused, {})
-            early[place] = bytes(_on_host(padded(name, tensor)))
-            while expected in early:
-                hasher.update(early.pop(expected))
-                expected += 1
-            self._fused[fused] = (expected, hasher)
-            return
-        if place != expected:
-            raise ValueError(
-                f"{name} came as part {expected} of {fused} but is part {place}; "
-                "export the parts of a fused weight in order"
-            )
-        wider = padded(name, tensor)
-        hasher.update(data if wider is tensor else _on_host(wider))
-        self._fused[fused] = (place + 1, hasher)
-
-    def digest(self) -> str:
-        """:func:`weights_digest` of everything added."""
-        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
-
-    def server_checksums(self) -> dict[str, str]:
-        """What ``/weights_checker`` of a single-rank CPU server says of these weights.
-
-        Raises:
-            ValueError: an expert is missing among those of its layer.
-        """
-        if gaps := [name for name, early in self._early.items() if early]:
-            raise ValueError(f"{gaps[0]} lacks its part {self._fused[gaps[0]][0]}")
-        return {name: hasher.digest()[:8].hex() for name, (_, hasher) in self._fused.items()}
-
-
-def server_name(name: str) -> tuple[str, int]:
-    """SGLang's name of the parameter that holds ``name``, and the place of ``name`` in it."""
-    if found := EXPERT.fullmatch(name):
-        experts, number, part = found[1], int(found[2]), found[3]
-        if part == "down":
-            return f"{experts}.w2_weight", number
-        return f"{experts}.w13_weight", 2 * number + (part == "up")
-    for module, (fused, place) in FUSED.items():
-        if f".{module}." in name:
-            return name.replace(f".{module}.", f".{fused}."), place
-    return name, 0
-
-
-def padded(name: str, tensor: Tensor, multiples: Mapping[str, tuple[int, int]] = PADDED) -> Tensor:
-    """The tensor as a server keeps it, with its padding; ``multiples`` is as ``PADDED``."""
-    for suffix, (dimension, multiple) in multiples.items():
-        if name.endswith(suffix) and (missing := -tensor.shape[dimension] % multiple):
-            shape = [*tensor.shape]
-            shape[dimension] += missing
-            wider = tensor.new_zeros(shape)
-            wider.narrow(dimension, 0, tensor.shape[dimension]).copy_(tensor.detach())
-            return wider
-    return tensor
 
 
 def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
@@ -335,13 +192,6 @@ def bucket_layout(bucket: Sequence[Named]) -> tuple[list[SimpleNamespace], int]:
         )
         start = end
     return places, start
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's bytes in order, uint8 [B]."""
-    import torch
-
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
 @contextlib.contextmanager
@@ -426,7 +276,3 @@ def _buckets(named: Iterable[Named], bucket_bytes: int) -> Iterator[tuple[list[N
         size += tensor_bytes
     if bucket:
         yield bucket, True
-
-
-def _on_host(tensor: Tensor) -> memoryview:
-    return memoryview(bytes_of(tensor).cpu().numpy())  # pyright: ignore[reportArgumentType]

@@ -20,21 +20,11 @@ import httpx
 import torch
 from torch import Tensor
 
-from .weights import (
-    EXPERT,
-    FUSED,
-    PADDED,
-    Named,
-    Post,
-    bucket_layout,
-    bytes_of,
-    padded,
-    post_tensors,
-    server_name,
-)
+from .checksums import EXPERT, FUSED, PADDED, Named, bytes_of, padded, server_name
+from .weights import Post, bucket_layout, post_tensors
 
 KIND = "words-"
-"""What a digest of this kind begins with; one of :class:`~.weights.Tally` is plain sha256."""
+"""What a digest of this kind begins with; one of :class:`~.checksums.Tally` is plain sha256."""
 
 BUCKET_BYTES = 2 << 30
 """Of a bucket that a server maps: each costs a request, and as much of the GPU's memory."""
@@ -50,7 +40,7 @@ PARTS = {
 
 
 class GpuTally:
-    """As :class:`~.weights.Tally`, without bringing a weight to the host.
+    """As :class:`~.checksums.Tally`, without bringing a weight to the host.
 
     ``for_servers``: the checksums that servers have to answer are wanted too.
     """
@@ -89,7 +79,7 @@ class GpuTally:
             del self._begun[fused]
 
     def digest(self) -> str:
-        """:func:`~.weights.weights_digest` of everything added."""
+        """:func:`~.checksums.weights_digest` of everything added."""
         sums = torch.stack(self._sums).tolist() if self._sums else []
         lines = sorted(f"{label} {total}" for label, total in zip(self._labels, sums, strict=True))
         return KIND + hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from rollflow.engines import weights
 from rollflow.engines.algorithms.config import AlgorithmConfig, SftConfig, own_function
 from rollflow.engines.algorithms.policy import needs
+from rollflow.engines.checksums import Named, Tally, tally_of, weights_digest
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.platform import detect
 from rollflow.engines.published import Publication
-from rollflow.engines.weights import PushResult, Tally
+from rollflow.engines.weights import PushResult
 from rollflow.engines.weights_on_gpu import BUCKET_BYTES, GpuTally, cuda_ipc
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
@@ -46,7 +47,7 @@ class Rank:
         self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
         self._counted: Tally | GpuTally | None = None
         """Checksums of the weights as they are, where they are on a GPU and known."""
-        self._exported: list[weights.Named] = []
+        self._exported: list[Named] = []
         """These weights under their Hugging Face names, until they are pushed."""
 
     @classmethod
@@ -135,10 +136,10 @@ class Rank:
     def digest(self, like: str = "") -> str:
         """Name of the weights as they are, of the kind of ``like``. All ranks take part."""
         if like or not self._shares_gpu:
-            return weights.weights_digest(export_weights(self._learner.model), like)
+            return weights_digest(export_weights(self._learner.model), like)
         if self._counted is None:
             self._exported = list(export_weights(self._learner.model))
-            self._counted = weights.tally_of(self._exported, for_servers=True)
+            self._counted = tally_of(self._exported, for_servers=True)
         return self._counted.digest()
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:

@@ -43,6 +43,9 @@ ROWS = {"0.6b": 32, "1.7b": 16, "4b": 8}
 """Samples in a micro-batch."""
 SERVER_SHARE = {"4b": 0.3}
 """Of the GPU's memory, where the trainer's needs more than half."""
+GAP_MEAN = {"1.7b": 0.04}
+"""Gate on the mean log-probability gap where bfloat16 alone comes near the usual 0.02: random weights
+of this width are 0.024 from float32 in any bfloat16 pass (tests/bench/bf16_noise.py)."""
 TRAINER_BYTES, SERVER_BYTES, ACTIVATIONS_GIB = 18, 2, 16
 """Of a parameter: bfloat16 weight, float32 gradient, master copy and two moments; the server's weight.
 What a step needs beside, which is more than a server's smallest useful cache."""
@@ -92,6 +95,8 @@ def _config(shape: str, *words: str) -> RunConfig:
     where = ("--model.path", str(files.model), "--data.path", str(files.train))
     if share := SERVER_SHARE.get(shape):
         micro += ("--sglang.mem_fraction_static", str(share))
+    if gate := GAP_MEAN.get(shape):
+        micro += ("--gates.logprob_gap_mean", str(gate))
     return load_config(recipes()["throughput_gpu"], seeded(name, 0, *micro, *where, *words))
 
 

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rollflow.engines import published
+from rollflow.engines.checksums import weights_digest
 from rollflow.engines.published import Publication, find, place_of, publish_files, version_of
-from rollflow.engines.weights import push, weights_digest
+from rollflow.engines.weights import push
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef

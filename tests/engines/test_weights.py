@@ -16,19 +16,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rollflow.engines import weights
+from rollflow.engines.checksums import Tally, server_name, weights_digest
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.rollout.ports import PortLease
 from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.server import wait_until_up
 from rollflow.engines.rollout.server_args import server_arguments
-from rollflow.engines.weights import (
-    Tally,
-    WeightMismatchError,
-    push,
-    server_name,
-    verify,
-    weights_digest,
-)
+from rollflow.engines.weights import WeightMismatchError, push, verify
 
 LAYER = "model.layers.0."
 SHAPES = {

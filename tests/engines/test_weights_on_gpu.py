@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollflow.engines import weights_on_gpu
-from rollflow.engines.weights import Tally, tally_of, weights_digest
+from rollflow.engines.checksums import Tally, tally_of, weights_digest
 from rollflow.engines.weights_on_gpu import KIND, GpuTally, word_sum
 
 MASK = (1 << 64) - 1

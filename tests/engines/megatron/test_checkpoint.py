@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rollflow.engines.checksums import weights_digest
 from rollflow.engines.megatron import checkpoint as checkpoint_module
 from rollflow.engines.megatron.config import TrainerConfig
 from rollflow.engines.megatron.optimizer import _fuse
 from rollflow.engines.megatron.optimizer_state import MOMENTS, restore_optimizer
-from rollflow.engines.weights import weights_digest
 from rollflow.storage.checkpoints import files_folder, find_checkpoint
 from rollflow.storage.integrity import ManifestError
 

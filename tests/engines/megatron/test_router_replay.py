@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from safetensors.torch import load_file, save_file
 
 from rollflow.engines.algorithms.config import GrpoConfig
+from rollflow.engines.checksums import server_name
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.megatron.config import TrainerConfig
 from rollflow.engines.megatron.router_replay import Experts, on_the_row, sample_experts
@@ -20,7 +21,7 @@ from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.router import Router
 from rollflow.engines.rollout.server import wait_until_up
 from rollflow.engines.rollout.server_args import server_arguments
-from rollflow.engines.weights import push, server_name
+from rollflow.engines.weights import push
 from rollflow.storage.manifests import find_batch
 from rollflow.storage.samples import EXPERTS_DTYPE
 
