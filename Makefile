@@ -23,8 +23,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rollflow needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	echo "Installing into $(VENV) (about two minutes)"; \
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"; \
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps "$(TORCH)"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock; \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	echo $$(($$(date +%s) - start)) > $@
 
@@ -102,7 +102,7 @@ s3-servers: $(S3)/.installed  ## Create .venv-s3 with the S3 servers that the te
 
 $(S3)/.installed: requirements-s3.lock
 	@set -e; test -x $(S3)/bin/python || $(PYTHON) -m venv $(S3); \
-	$(S3)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-s3.lock; \
+	$(S3)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-s3.lock; \
 	touch $@
 
 clean:                  ## Remove the environment and everything that runs wrote here

@@ -19,6 +19,8 @@ from .train import sft, train
 
 FACTS = Path(".rollflow/demo.json")
 METRIC = "eval/heldout/reward"
+ENOUGH = f'{{metric = "{METRIC}", at_least = 0.95}}'
+"""The demo ends once that many held-out sums are right; the recipe itself goes on to its last step."""
 FOLDERS = {"cpu": Path(".rollflow/arithmetic"), "gpu": Path(".rollflow/arithmetic-gpu")}
 """Data and model by device. ``warm`` in it is what the recipes of other algorithms start from,
 ``trained`` what distillation learns from."""
@@ -41,7 +43,8 @@ async def run_demo(
     where = ("--store.url", store) if store else ()
     weights = await warm_weights(f"{name}-sft", seed, *where, device=device)
     config = load_config(
-        recipes()[f"arithmetic_{device}"], seeded(name, seed, "--model.path", weights, *where)
+        recipes()[f"arithmetic_{device}"],
+        seeded(name, seed, "--model.path", weights, "--stop", ENOUGH, *where),
     )
     summary = await train(config)
     trained = await checkpoint_weights(config.store, summary.run, None)
