@@ -1,9 +1,11 @@
 """W&B and MLflow in their offline modes: ``make trackers``. What they wrote is read back."""
 
+import struct
+import time
+
 import pytest
 from mlflow.tracking import MlflowClient
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
 from rollflow.storage.refs import RunRef
 from rollflow.tasks.config import MlflowConfig, ReportConfig, WandbConfig
@@ -20,6 +22,34 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+def logged(data):
+    """The records of W&B's file: LevelDB's log format after 7 bytes of its own."""
+    block, header, whole = 32768, struct.Struct("<IHB"), b""
+    full, last = 1, 4
+    place = 7
+    while place + header.size <= len(data):
+        if (left := block - place % block) < header.size:
+            place += left
+            continue
+        _, size, kind = header.unpack_from(data, place)
+        whole += data[place + header.size : place + header.size + size]
+        place += header.size + size
+        if kind in (full, last):
+            yield whole
+            whole = b""
+
+
+def written(file, deadline_s=60.0):
+    """All records of a run, once the last is there: W&B's own process writes them, and outlives the run."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < deadline_s:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in logged(file.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file} did not end within {deadline_s:.0f} s")
 
 
 def test_mlflow_has_the_settings_and_every_step_in_one_run_though_it_was_gone_on_with(folder):
@@ -50,16 +80,8 @@ def test_wandb_writes_every_step_offline_and_orders_them_by_step_and_version(fol
     trackers.close()
     assert not trackers._failures
     [file] = folder.glob(".rollflow/wandb/wandb/offline-run-*/run-*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(file))
-    rows = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            rows.append(
-                {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
-            )
+    history = [r.history for r in written(file) if r.WhichOneof("record_type") == "history"]
+    rows = [{i.key or "/".join(i.nested_key): i.value_json for i in h.item} for h in history]
     assert [r["train/loss"] for r in rows[:3]] == ["0", "1", "2"]
     assert [r["step"] for r in rows[:3]] == ["0", "1", "2"]
     assert (rows[3]["eval/heldout/reward"], rows[3]["version"]) == ("0.5", "2")
