@@ -29,6 +29,7 @@ CULPRIT_S = 3.0
 """After one actor failed: how long others may take to fail too, so that the first cause is named."""
 
 
+FOLDER = "ROLLFLOW_FOLDER"
 NULL = "null"
 """Address of no cluster: actors are plain objects in this process."""
 _here: dict[str, Any] = {}
@@ -65,11 +66,14 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     if config.address == NULL:
         return ClusterRef(NULL, namespace, "")
     if config.address != "local":
+        if config.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+            _stay_on_loopback()  # else Ray takes such an address for that of another interface
         ray.init(
             address=config.address,
             namespace=namespace,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            runtime_env={**_environment(), "worker_process_setup_hook": f"{__name__}.enter_folder"},
         )
         return ClusterRef(config.address, namespace, "")
     temp_dir = tempfile.mkdtemp(prefix="rf-")
@@ -83,11 +87,8 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
 
 
 def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
-    # Without this Ray answers on every interface, whatever node address it is given.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    _stay_on_loopback()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    paths = [str(Path.cwd()), *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
     ray.init(
         address="local",
         namespace=namespace,
@@ -100,8 +101,26 @@ def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
         _system_config={"worker_niceness": 0},  # by default anything else starves the engines
-        runtime_env={"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths)}},
+        runtime_env=_environment(),
     )
+
+
+def _stay_on_loopback() -> None:
+    """Without this Ray answers on every interface, whatever node address it is given."""
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def _environment() -> dict[str, dict[str, str]]:
+    """What engines find in their environment: hooks are looked for in this folder."""
+    folder = str(Path.cwd())
+    paths = [folder, *(p for p in (os.environ.get("PYTHONPATH"),) if p)]
+    return {"env_vars": {**one_thread_env(), "PYTHONPATH": os.pathsep.join(paths), FOLDER: folder}}
+
+
+def enter_folder() -> None:
+    """In a process of a Ray that runs already: go to the folder in which relative paths are meant."""
+    os.chdir(os.environ[FOLDER])
 
 
 def disconnect(ref: ClusterRef) -> None:

@@ -1,11 +1,13 @@
 """The processes of deploy/compose.yaml without containers: ``make topology``.
 
-PostgreSQL of the distribution, an S3 server, a Prefect server with a password on that database, and a
-worker. The engines compute nothing. Skipped where PostgreSQL's programs are not installed.
+PostgreSQL of the distribution, an S3 server, a Prefect server with a password on that database, a
+worker, and a Ray cluster of a head and two more nodes that asks for a token. Skipped where
+PostgreSQL's programs are not installed.
 """
 
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -113,9 +115,34 @@ def objects(tmp_path_factory) -> Iterator[ObjectStoreServer]:
 
 
 @pytest.fixture(scope="module")
-def stack(prefect, objects, tmp_path_factory) -> Iterator[Stack]:
+def ray_address(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
+    """Address of a Ray head with two nodes beside it, all on loopback, and what clients need to be let in."""
+    client = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    folder = Path(tempfile.mkdtemp(prefix="rf-ray-"))  # its sockets' names have to be short
+    nodes = subprocess.Popen(
+        [sys.executable, "-m", "tests.flows.ray_nodes", str(folder)],
+        env={**os.environ, **client}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert nodes.stdin is not None
+    assert nodes.stdout is not None
+    address = nodes.stdout.readline().strip()
+    assert address, "the Ray nodes did not start"
+    yield address, client
+    nodes.stdin.close()
+    nodes.wait(60)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def stack(prefect, objects, ray_address, tmp_path_factory) -> Iterator[Stack]:
     environment = {
         **ENVIRONMENT,
+        **ray_address[1],
         "PREFECT_API_URL": prefect,
         "PREFECT_API_AUTH_STRING": AUTH,
         "AWS_ENDPOINT_URL": objects.endpoint,
@@ -143,3 +170,23 @@ def test_a_run_trains_into_the_object_store_and_its_checkpoints_are_evaluated(
     assert step_numbers(store, run) == list(range(8))
     stack.wait("the evaluation", lambda: find_batch(store, run, 4, "heldout"))
     stack.wait("its flow run", lambda: stack.state("evaluate t") == "Completed")
+
+
+def test_real_engines_train_on_a_ray_that_runs_already_and_leave_it(stack, ray_address):
+    stack.rollflow(
+        "submit", "run.toml", "--name", "ray", "--steps", "3", "--cluster.address", ray_address[0]
+    )
+    ended = ("Completed", "Failed", "Crashed")
+    stack.wait("the run", lambda: stack.state("ray") in ended, 200)
+    assert stack.state("ray") == "Completed"
+    store, run = stack.stored("ray")
+    assert step_numbers(store, run) == [0, 1, 2]
+    asks = (
+        f"import ray; ray.init({ray_address[0]!r}, log_to_driver=False); "
+        "print(len(ray.nodes()), ray.util.list_named_actors(all_namespaces=True))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", asks],
+        env={**os.environ, **ray_address[1]}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told.stdout.strip() == "3 []", told.stderr

@@ -24,13 +24,20 @@ from rollflow.storage.steps import read_steps
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden.json"
 START, TEACHER = HERE / "weights/start", HERE / "weights/teacher"
-"""Fixed weights, of a demo: a model that gets half of the sums right, and one that gets nearly all."""
+"""Fixed weights: a model that gets half of the sums right when it samples, and one that gets nearly all."""
+MODEL = arithmetic.MODEL | {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "torch_dtype": "bfloat16",
+}
 STEPS = 50
 RECIPES = [name for name in recipes() if name.startswith("arithmetic_") and name.endswith("_cpu")]
 SETTINGS = (
     *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
-    *("--rollout.batch_size", "32", "--rollout.n_samples_per_prompt", "8"),
+    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_decay_steps", "1000"),
 )
 SUPERVISED = (
