@@ -80,10 +80,11 @@ def test_the_run_that_waited_has_the_cluster_while_the_first_is_suspended(stack)
 
 def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
     stack.wait("the evaluation", lambda: batch_of(stack, EVERY, "heldout"))
-    stack.wait("its flow run", lambda: stack.state("evaluate a") == "Completed")
-    [evaluation] = [
+    of_it = lambda: [
         r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == EVERY - 1
-    ]
+    ]  # noqa: E731
+    stack.wait("its flow run", lambda: [r["state_name"] for r in of_it()] == ["Completed"])
+    [evaluation] = of_it()
     assert evaluation["parameters"]["run"] == "a"
     assert evaluation["created_by"]["type"] == "AUTOMATION"
     assert f"step-{EVERY - 1:06d}" in stack.artifact("a-evaluations")
