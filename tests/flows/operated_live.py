@@ -46,6 +46,12 @@ def batch_of(stack, step, dataset=None):
     return find_batch(store, run, step, dataset)
 
 
+def evaluation_of(stack, step):
+    runs = stack.flow_runs("evaluate a")
+    [evaluation] = [run for run in runs if run["parameters"]["step"] == step]
+    return evaluation
+
+
 def digest_of(stack, step):
     batch = batch_of(stack, step)
     assert batch is not None
@@ -80,11 +86,8 @@ def test_the_run_that_waited_has_the_cluster_while_the_first_is_suspended(stack)
 
 def test_a_checkpoint_is_evaluated_by_a_flow_run_of_its_own(stack):
     stack.wait("the evaluation", lambda: batch_of(stack, EVERY, "heldout"))
-    of_it = lambda: [
-        r for r in stack.flow_runs("evaluate a") if r["parameters"]["step"] == EVERY - 1
-    ]  # noqa: E731
-    stack.wait("its flow run", lambda: [r["state_name"] for r in of_it()] == ["Completed"])
-    [evaluation] = of_it()
+    stack.wait("its flow run", lambda: evaluation_of(stack, EVERY - 1)["state_name"] == "Completed")
+    evaluation = evaluation_of(stack, EVERY - 1)
     assert evaluation["parameters"]["run"] == "a"
     assert evaluation["created_by"]["type"] == "AUTOMATION"
     assert f"step-{EVERY - 1:06d}" in stack.artifact("a-evaluations")
