@@ -55,7 +55,7 @@ trackers: $(TRACKERS)/.installed  ## Write to W&B and MLflow offline and read ba
 operated: $(INSTALLED)  ## Kill flow, worker and Prefect server of a run; it must go on by itself (5 minutes)
 	@ROLLFLOW_OPERATED=all $(BIN)/pytest -s tests/flows/operated_live.py
 
-evaluated: $(INSTALLED) ## Evaluate checkpoints beside a training with real engines (15 minutes)
+evaluated: $(INSTALLED) ## Evaluate checkpoints beside a training with real engines (5 minutes)
 	@$(BIN)/pytest -s tests/flows/evaluated_live.py
 
 ui: $(UI)/.installed    ## Start, suspend, resume and cancel a run in the Prefect UI with a headless Chromium

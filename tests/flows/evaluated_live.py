@@ -36,11 +36,13 @@ def timestamp(text):
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("beside"))
-    stack.rollflow("submit", "run.toml", *(f"--{k}={v}" for k, v in WORDS.items()))
-    stack.wait("the training", lambda: stack.state("beside") == "Completed", 1200)
-    stack.wait("all evaluations", lambda: len(evaluations(stack)) == STEPS // EVERY, 300)
-    yield stack
-    print(stack.rollflow("down"))
+    try:
+        stack.rollflow("submit", "run.toml", *(f"--{k}={v}" for k, v in WORDS.items()))
+        stack.wait("the training", lambda: stack.state("beside") == "Completed", 1200)
+        stack.wait("all evaluations", lambda: len(evaluations(stack)) == STEPS // EVERY, 300)
+        yield stack
+    finally:
+        print(stack.rollflow("down"))
 
 
 def evaluations(stack):

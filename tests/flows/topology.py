@@ -8,6 +8,7 @@ PostgreSQL's programs are not installed.
 import os
 import pwd
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -130,12 +131,15 @@ def ray_address(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
     )  # fmt: skip
     assert nodes.stdin is not None
     assert nodes.stdout is not None
-    address = nodes.stdout.readline().strip()
-    assert address, "the Ray nodes did not start"
-    yield address, client
-    nodes.stdin.close()
-    nodes.wait(60)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        assert select.select([nodes.stdout], [], [], 120)[0], "no Ray nodes after 120 s"
+        address = nodes.stdout.readline().strip()
+        assert address, "the Ray nodes did not start"
+        yield address, client
+    finally:
+        nodes.stdin.close()
+        nodes.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
