@@ -1,41 +1,43 @@
 """``python -m rollflow.flows.prefect_server server start ...``: Prefect's command line, on SQLite to be relied on.
 
-Prefect 3.8.8 reads an automation's count and then writes it in one deferred transaction. SQLite
-refuses the write at once where anything else was written in between; after four such refusals the
-event is dropped, and a run that ended is taken for dead, or a dead one is left alone. Here such a
-transaction asks for the right to write before it reads, and waits for it. PostgreSQL is not concerned.
+Prefect 3.8.8 begins its transactions without the right to write and asks for it after it has read. SQLite
+refuses that at once where anything was written in between: a request is answered with status 503, and an
+automation's count is given up after four tries, so that a run that ended is taken for dead. Here every
+transaction that Prefect announces asks for the right before it reads, and waits for it. PostgreSQL is not
+concerned.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import functools
+import inspect
+from contextlib import AbstractAsyncContextManager
 
 import prefect
 from prefect.cli import app
-from prefect.server.database import provide_database_interface
-from prefect.server.events import triggers
+from prefect.server.database.interface import PrefectDBInterface
 from sqlalchemy.ext.asyncio import AsyncSession
 
+_session_context = PrefectDBInterface.session_context
 
-@asynccontextmanager
-async def _writing(begin_transaction: bool = True) -> AsyncIterator[AsyncSession]:
-    """In place of ``automations_session`` of the module that counts events."""
-    database = provide_database_interface()
-    async with database.session_context(begin_transaction=True, with_for_update=True) as session:
-        yield session
+
+@functools.wraps(_session_context)
+def _writing(
+    self: PrefectDBInterface, begin_transaction: bool = False, with_for_update: bool = False
+) -> AbstractAsyncContextManager[AsyncSession]:
+    return _session_context(self, begin_transaction, with_for_update or begin_transaction)
 
 
 def main() -> None:
     """Run Prefect's command line.
 
     Raises:
-        RuntimeError: this Prefect counts events in another way than the one that was looked at.
+        RuntimeError: this Prefect begins transactions in another way than the one that was looked at.
     """
-    if not hasattr(triggers, "automations_session"):
+    if "with_for_update" not in inspect.signature(_session_context).parameters:
         raise RuntimeError(
-            f"Prefect {prefect.__version__} has no prefect.server.events.triggers.automations_session; "
+            f"Prefect {prefect.__version__}: PrefectDBInterface.session_context takes no with_for_update; "
             "install 3.8.8"
         )
-    setattr(triggers, "automations_session", _writing)  # noqa: B010 - not exported
+    setattr(PrefectDBInterface, "session_context", _writing)  # noqa: B010 - not meant to be replaced
     app()
 
 
