@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import aiohttp
+import orjson
 
 from rollflow.engines.hooks import Completion
 from rollflow.engines.published import version_of
@@ -340,7 +341,7 @@ class GenerateClient:
                 raise RequestRefusedError(
                     f"{self._url}: status {response.status}: {await response.text()}"
                 )
-            return await response.json()
+            return orjson.loads(await response.read())
 
 
 class _ServerFaultError(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import orjson
 
 from rollflow.engines import cluster
 from rollflow.engines.config import ClusterConfig, ModelConfig
@@ -122,7 +123,8 @@ async def _ask_server(url: str, asked: Sequence[list[int]], sampling: Mapping[st
         session.post(f"{url}/generate", json=body) as response,
     ):
         response.raise_for_status()
-        return sum(len(answer["output_ids"]) for answer in await response.json())
+        answers = orjson.loads(await response.read())
+        return sum(len(answer["output_ids"]) for answer in answers)
 
 
 async def _sleep_and_wake(fleet: Fleet, repeats: int = 3) -> dict[str, float]:
