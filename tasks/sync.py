@@ -21,16 +21,20 @@ async def sync_weights(engines: Engines, version: int) -> Mapping[str, float]:
 
     Returns:
         Seconds by metric: ``perf/sync_s`` of the push, its parts, and ``perf/sync_pause_s`` in which
-        nothing could be generated. All are 0 or missing where no server runs.
+        nothing could be generated, with the time until servers were ready for the push and that after
+        it. All are 0 or missing where no server runs.
     """
     if not engines.has_servers:
         return {"perf/sync_s": 0.0}
     started, timeout_s = time.perf_counter(), engines.timeout_s
     [(urls, place)] = await cluster.call(engines.manager, "hold", version, timeout_s=timeout_s)
+    held = time.perf_counter()
     results = await cluster.call(
         engines.ranks, "push_weights", urls, version, place, timeout_s=timeout_s
     )
+    pushed = time.perf_counter()
     [notices] = await cluster.call(engines.manager, "release", version, timeout_s=timeout_s)
+    released = time.perf_counter()
     for notice in notices:
         get_run_logger().warning(notice)
     for url, reason in results[0].failed:
@@ -38,5 +42,7 @@ async def sync_weights(engines: Engines, version: int) -> Mapping[str, float]:
     return {
         **{f"perf/sync_{part}_s": seconds for part, seconds in results[0].parts.items()},
         "perf/sync_s": results[0].seconds,
-        "perf/sync_pause_s": time.perf_counter() - started,
+        "perf/sync_hold_s": held - started,
+        "perf/sync_release_s": released - pushed,
+        "perf/sync_pause_s": released - started,
     }

@@ -99,6 +99,7 @@ class Producer:
         """Write the last part and the manifest, with the buffer as it is then: commit point A."""
         p, collector = self._p, self.collector
         parts = await collector.write()
+        metrics = {**metrics, **collector.timings}  # with the seconds that this took
         others = collector.others
         p.buffer.put_back([k for k in map(self._kept, others) if k is not None])
         left_out = {
