@@ -39,8 +39,11 @@ LIMIT_S = 480
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
 RUN_PROMPT_TOKENS = 6
 """Of the recipe's own prompts, at most."""
-ROWS = {"0.6b": 32, "1.7b": 16, "4b": 8}
-"""Samples in a micro-batch."""
+ROWS, LARGE_GIB = {"0.6b": 32, "1.7b": 16, "4b": 8}, 120
+"""Samples in a micro-batch; twice as many on a GPU with so much memory."""
+CACHE_SPARE = 4096
+"""Tokens of keys and values beside those of the answers. A server's larger cache would only take
+longer to give back and take again."""
 SERVER_SHARE = {"4b": 0.3}
 """Of the GPU's memory, where the trainer's needs more than half."""
 GAP_MEAN = {"1.7b": 0.04}
@@ -90,14 +93,22 @@ def _config(shape: str, *words: str) -> RunConfig:
     """The throughput recipe with that shape."""
     files = throughput.make(Path(".rollflow/throughput") / shape, shape)
     name = f"bench-gpu-{shape}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    tokens = ROWS[shape] * (RUN_PROMPT_TOKENS + NEW_TOKENS)
-    micro = ("--trainer.max_tokens_per_micro_batch", str(tokens))
+    tokens = _rows(shape) * (RUN_PROMPT_TOKENS + NEW_TOKENS)
+    cache = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) + CACHE_SPARE
+    micro = (
+        *("--trainer.max_tokens_per_micro_batch", str(tokens)),
+        *("--sglang.max_total_tokens", str(cache)),
+    )
     where = ("--model.path", str(files.model), "--data.path", str(files.train))
     if share := SERVER_SHARE.get(shape):
         micro += ("--sglang.mem_fraction_static", str(share))
     if gate := GAP_MEAN.get(shape):
         micro += ("--gates.logprob_gap_mean", str(gate))
     return load_config(recipes()["throughput_gpu"], seeded(name, 0, *micro, *where, *words))
+
+
+def _rows(shape: str) -> int:
+    return ROWS[shape] * (2 if gpu_memory_gib() >= LARGE_GIB else 1)
 
 
 def needs_gib(shape: str) -> float:
@@ -130,7 +141,7 @@ def _train_alone(shape: str, *, deterministic: bool) -> dict[str, Any]:
         samples=PROMPTS,
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        tokens_per_micro_batch=ROWS[shape] * (PROMPT_TOKENS + NEW_TOKENS),
+        tokens_per_micro_batch=_rows(shape) * (PROMPT_TOKENS + NEW_TOKENS),
         steps=REPEATS,
         deterministic=deterministic,
     )
@@ -156,7 +167,7 @@ async def _run(shape: str) -> dict[str, Any]:
     summary = await train(config)
     records = read_steps(Store(config.store), summary.run)
     steps = [r.metrics | perf for r, perf in zip(records, summary.perf, strict=True)][SETTLED:]
-    parts = ("export", "pack", "load", "verify")
+    parts = ("hold", "export", "pack", "load", "verify", "release")
     return {
         "iteration_s": _median(steps, "perf/step_s"),
         "iterations_s": [m["perf/step_s"] for m in steps],
