@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from .server_names import EXPERT, server_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,19 +28,6 @@ PADDED = {
     "down_proj.weight": (1, 32),
 }
 """Dimension that an SGLang server pads with zeros, and to a multiple of what; the MLP's on a CPU."""
-
-FUSED = {
-    "q_proj": ("qkv_proj", 0),
-    "k_proj": ("qkv_proj", 1),
-    "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
-"""Hugging Face module -> the module that SGLang fuses it into, and its place there."""
-
-EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-"""A weight of one expert. SGLang keeps those of a layer in two tensors: ``w13``, with gate and up of
-one expert after another, and ``w2``."""
 
 
 def weights_digest(named: Iterable[Named], like: str = "") -> str:
@@ -133,19 +121,6 @@ class Tally:
         if gaps := [name for name, early in self._early.items() if early]:
             raise ValueError(f"{gaps[0]} lacks its part {self._fused[gaps[0]][0]}")
         return {name: hasher.digest()[:8].hex() for name, (_, hasher) in self._fused.items()}
-
-
-def server_name(name: str) -> tuple[str, int]:
-    """SGLang's name of the parameter that holds ``name``, and the place of ``name`` in it."""
-    if found := EXPERT.fullmatch(name):
-        experts, number, part = found[1], int(found[2]), found[3]
-        if part == "down":
-            return f"{experts}.w2_weight", number
-        return f"{experts}.w13_weight", 2 * number + (part == "up")
-    for module, (fused, place) in FUSED.items():
-        if f".{module}." in name:
-            return name.replace(f".{module}.", f".{fused}."), place
-    return name, 0
 
 
 def padded(name: str, tensor: Tensor, multiples: Mapping[str, tuple[int, int]] = PADDED) -> Tensor:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from .checksums import Named, Tally, add_all, bytes_of, tally_for
+from .server_names import EXPERT, server_name
 
 if TYPE_CHECKING:
     from .published import Publication
@@ -264,12 +265,14 @@ def _reason(act: Callable[[httpx.Client, Any], None], client: httpx.Client, argu
 
 
 def _buckets(named: Iterable[Named], bucket_bytes: int) -> Iterator[tuple[list[Named], bool]]:
-    """Cut into buckets of at most ``bucket_bytes``, and say which is the last."""
+    """Cut into buckets of about ``bucket_bytes``, and say which is the last. Parts of what servers fuse
+    stay together, but for experts."""
     bucket: list[Named] = []
     size = 0
     for name, tensor in named:
         tensor_bytes = tensor.numel() * tensor.element_size()
-        if bucket and size + tensor_bytes > bucket_bytes:
+        begins = server_name(name)[1] == 0 or EXPERT.fullmatch(name) is not None
+        if bucket and begins and size + tensor_bytes > bucket_bytes:
             yield bucket, False
             bucket, size = [], 0
         bucket.append((name, tensor))

@@ -1,26 +1,27 @@
 """Weights that stay on the GPU: checksums that it computes itself, and a way to servers beside us.
 
 A host reads weights at a few GB/s and hashes them at less; the GPU that holds them reads them at a
-thousand times that. So a digest of weights on a GPU is made of sums over their words, and what a
-server has to answer is computed by SGLang's own kernel.
+thousand times that. So a digest of weights on a GPU is made of sums over their words. Both those and
+what a server has to answer are computed for many tensors at once: a launch and an answer for each
+would take longer than the sums.
 """
 
 import base64
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 from torch import Tensor
 
-from .checksums import EXPERT, FUSED, PADDED, Named, bytes_of, padded, server_name
+from .checksums import PADDED, Named, bytes_of, padded
+from .gpu.server_sums import checksums, words_of
+from .server_names import EXPERT, FUSED, server_name
 from .weights import Post, bucket_layout, post_tensors
 
 KIND = "words-"
@@ -29,6 +30,8 @@ KIND = "words-"
 BUCKET_BYTES = 2 << 30
 """Of a bucket that a server maps: each costs a request, and as much of the GPU's memory."""
 CHUNK_WORDS = 1 << 24
+HELD_BYTES = 4 << 30
+"""Of tensors that are kept until their sums are computed, all at once."""
 KEY_STEP, KEY_MIX = -7046029254386353131, -4658895280553007687
 """Odd numbers of 64 bits: the golden ratio, and a multiplier of splitmix64."""
 
@@ -49,17 +52,29 @@ class GpuTally:
         self.bytes = 0
         self._for_servers = for_servers
         self._labels: list[str] = []
-        self._sums: list[Tensor] = []
+        self._sums: list[int] = []
         self._begun: dict[str, list[Tensor]] = {}
         self._checksums: dict[str, str] = {}
+        self._held: list[Tensor] = []
+        """Whose sums are not computed yet."""
+        self._held_fused: dict[str, Tensor] = {}
+        self._held_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up)."""
+        """Count one tensor. Parts of a fused tensor come in their order (q, k, v; gate, up).
+
+        It may not change before :meth:`digest` or :meth:`server_checksums` is asked for.
+        """
         self.bytes += tensor.nbytes
         self._labels.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        self._sums.append(word_sum(tensor))
-        if not self._for_servers:
-            return
+        self._held.append(tensor)
+        self._held_bytes += tensor.nbytes
+        if self._for_servers:
+            self._add_fused(name, tensor)
+        if self._held_bytes > HELD_BYTES:
+            self._settle()
+
+    def _add_fused(self, name: str, tensor: Tensor) -> None:
         fused, place = server_name(name)
         if EXPERT.fullmatch(name):
             raise ValueError(
@@ -75,35 +90,44 @@ class GpuTally:
         parts.append(padded(name, tensor.detach(), PADDED_ON_GPU))
         whole = next((n for module, n in PARTS.items() if f".{module}." in fused), 1)
         if len(parts) == whole:
-            self._checksums[fused] = server_checksum(torch.cat(parts) if whole > 1 else parts[0])
+            self._held_fused[fused] = torch.cat(parts) if whole > 1 else parts[0]
             del self._begun[fused]
+
+    def _settle(self) -> None:
+        self._sums += word_sums(self._held)
+        found = checksums(list(self._held_fused.values()))
+        self._checksums.update(zip(self._held_fused, found, strict=True))
+        self._held, self._held_fused, self._held_bytes = [], {}, 0
 
     def digest(self) -> str:
         """:func:`~.checksums.weights_digest` of everything added."""
-        sums = torch.stack(self._sums).tolist() if self._sums else []
-        lines = sorted(f"{label} {total}" for label, total in zip(self._labels, sums, strict=True))
+        self._settle()
+        lines = sorted(f"{label} {n}" for label, n in zip(self._labels, self._sums, strict=True))
         return KIND + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def server_checksums(self) -> dict[str, str]:
         """What ``/weights_checker`` of a single-GPU server says of these weights."""
+        self._settle()
         return self._checksums
 
 
-def word_sum(tensor: Tensor) -> Tensor:
-    """Sum over the tensor's 32-bit words, each times a key of its place, modulo 2^64; int64 [].
+def word_sum(tensor: Tensor) -> int:
+    """Sum over the tensor's 32-bit words, each times a key of its place, modulo 2^64, with a sign.
 
     The same on any device. Every key is odd, so no single changed word goes unnoticed; other
     changes do with a probability of about 2^-32 (multilinear hashing, Lemire and Kaser 2013).
     """
-    flat_B = bytes_of(tensor)
-    if missing := -len(flat_B) % 4:
-        flat_B = torch.cat([flat_B, flat_B.new_zeros(missing)])
-    words_W = flat_B.view(torch.int32)
-    if words_W.is_cuda:
-        from .word_sum_kernel import sum_words
+    return word_sums([tensor])[0]
 
-        return sum_words(words_W, KEY_STEP, KEY_MIX)
-    return _sum_words(words_W)
+
+def word_sums(tensors: Sequence[Tensor]) -> list[int]:
+    """:func:`word_sum` of each, all of them on one device."""
+    words = [words_of(tensor) for tensor in tensors]
+    if words and words[0].is_cuda:
+        from .gpu.sums_kernel import sum_words
+
+        return sum_words(words, KEY_STEP, KEY_MIX).tolist()
+    return [int(_sum_words(w)) for w in words]
 
 
 def _sum_words(words_W: Tensor) -> Tensor:
@@ -116,26 +140,6 @@ def _sum_words(words_W: Tensor) -> Tensor:
         keys_w.bitwise_xor_(keys_w >> 29).bitwise_or_(1)
         total += keys_w.mul_(part_w).sum()
     return total
-
-
-def server_checksum(tensor: Tensor) -> str:
-    """SGLang's checksum of a tensor on a GPU, 16 hexadecimal digits."""
-    return f"{_sglang_hash()(tensor):016x}"
-
-
-@functools.cache
-def _sglang_hash() -> Callable[[Tensor], int]:
-    """The kernel's own file, without what ``import sglang`` would load."""
-    package = importlib.util.find_spec("sglang")
-    assert package is not None
-    assert package.origin is not None
-    file = Path(package.origin).with_name("kernels") / "ops" / "memory" / "gpu_tensor_hash.py"
-    spec = importlib.util.spec_from_file_location("rollflow_sglang_gpu_hash", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.gpu_tensor_hash
 
 
 @contextlib.contextmanager

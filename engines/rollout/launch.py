@@ -35,8 +35,10 @@ if ON_CPU and __name__ == "__mp_main__":
     _routed_experts.install()
 elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import sampler as _sampler
+    from rollflow.engines.gpu import server_weights as _server_weights
 
     _sampler.install()
+    _server_weights.install()
 
 
 def main() -> int:
@@ -72,9 +74,10 @@ def run_server(arguments: dict[str, Any]) -> None:
         seeded_sampling.install()
         routed_experts.install()
     else:
-        from rollflow.engines.gpu import sampler
+        from rollflow.engines.gpu import sampler, server_weights
 
         sampler.install()
+        server_weights.install()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"

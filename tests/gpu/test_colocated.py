@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from rollflow.engines.weights_on_gpu import GpuTally, server_checksum, word_sum
+from rollflow.engines.gpu.server_sums import checksums
+from rollflow.engines.weights_on_gpu import GpuTally, word_sum
 from rollflow.flows.recipes import arithmetic
 
 pytestmark = [
@@ -88,10 +89,20 @@ def test_training_the_log_again_gives_bit_equal_weights(steps):
     assert "log: 0 differences" in rollflow(steps.folder, "audit", "colocated", "--recompute")
 
 
-@pytest.mark.parametrize("shape", [(7,), (1000, 33), (300, 7001)])
-def test_the_gpu_sums_words_as_the_cpu_does(shape):
-    tensor = torch.randn(shape).bfloat16()
-    assert int(word_sum(tensor.cuda())) == int(word_sum(tensor))
+def test_the_gpu_sums_words_as_the_cpu_does():
+    tensors = [torch.randn(shape).bfloat16() for shape in ((7,), (1000, 33), (300, 7001))]
+    for tensor in tensors:
+        assert word_sum(tensor.cuda()) == word_sum(tensor)
+
+
+def test_checksums_are_those_that_sglang_computes():
+    from sglang.kernels.ops.memory.gpu_tensor_hash import gpu_tensor_hash
+
+    shapes = [(1,), (7,), (2 * 8192,), (3, 8193), (1024, 1024), (151936, 64)]
+    tensors = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+    assert checksums(tensors) == [f"{gpu_tensor_hash(t):016x}" for t in tensors]
+    small = [t.cpu() for t in tensors[:4]]
+    assert checksums(small) == checksums(tensors)[:4]
 
 
 def test_a_tally_tells_the_checksums_of_what_servers_fuse():
@@ -99,6 +110,8 @@ def test_a_tally_tells_the_checksums_of_what_servers_fuse():
     tally = GpuTally(for_servers=True)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         tally.add(f"model.layers.0.self_attn.{name}_proj.weight", tensor)
-    assert tally.server_checksums() == {
-        "model.layers.0.self_attn.qkv_proj.weight": server_checksum(torch.cat([q, k, v]))
-    }
+    [found] = tally.server_checksums().items()
+    assert found == (
+        "model.layers.0.self_attn.qkv_proj.weight",
+        checksums([torch.cat([q, k, v])])[0],
+    )

@@ -1,0 +1,121 @@
+"""Weights inside an SGLang server on a GPU: loaded from a bucket, and told the checksums of, all at once.
+
+SGLang takes the hundreds of tensors of a model one by one, each with its own search, launch and wait.
+A bucket that fits goes into the parameters by one copy, and checksums take one launch. What does not
+fit is left to SGLang, and what was loaded is verified by checksum after each push either way.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollflow.engines.server_names import server_name
+
+from .server_sums import checksums
+
+Places = list[Tensor]
+"""The bytes of parameters that the tensors of a bucket fill, one after the other."""
+PADDED_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+
+
+def install() -> None:
+    """Make SGLang's weight updater and checker do so in this process, before its model is built."""
+    from sglang.srt.model_executor.model_runner_components import weight_updater
+    from sglang.srt.utils import weight_checker
+
+    updater, checker = weight_updater.WeightUpdater, weight_checker.WeightChecker
+    load, check = updater._update_weights_from_flattened_bucket, checker._compute_checksum
+    setattr(updater, load.__name__, _loading(load))
+    setattr(checker, check.__name__, _checking(check, weight_checker))
+
+
+def places_of(parameters: Mapping[str, Tensor], metadata: Sequence[Any]) -> Places | None:
+    """Where the tensors of a bucket belong, under SGLang's names; None where that is not plain.
+
+    ``metadata`` has name, type, ``start_idx`` and ``end_idx`` of each, as SGLang's flattened buckets do.
+    Plain is a parameter that its tensors fill, in their order, but for rows that SGLang pads a
+    vocabulary with.
+    """
+    places: Places = []
+    filled: dict[str, int] = {}
+    for meta in metadata:
+        name, place = server_name(meta.name)
+        target = parameters.get(name)
+        if target is None or not target.is_contiguous() or target.dtype is not meta.dtype:
+            return None
+        flat_B = target.detach().flatten().view(torch.uint8)
+        start, size = filled.get(name, 0), meta.end_idx - meta.start_idx
+        if (place == 0) is not (start == 0) or start + size > len(flat_B):
+            return None
+        places.append(flat_B[start : start + size])
+        filled[name] = start + size
+    ends = [meta.end_idx for meta in metadata]
+    if [0, *ends[:-1]] != [meta.start_idx for meta in metadata]:
+        return None
+    whole = all(
+        size == parameters[name].nbytes or name.endswith(PADDED_VOCABULARY)
+        for name, size in filled.items()
+    )
+    return places if whole else None
+
+
+def copy_into(places: Places, bucket_B: Tensor) -> None:
+    """Fill the places, which follow each other in the bucket, in the widest words that all have."""
+    sizes = [len(target) for target in places]
+    offsets = [tensor.storage_offset() for tensor in (bucket_B, *places)]
+    wide = not any(n % 8 for n in (*sizes, *offsets))
+    dtype = torch.int64 if wide else torch.uint8
+    sources = bucket_B.view(dtype).split([n // dtype.itemsize for n in sizes])
+    targets = [target.view(dtype) for target in places]
+    torch._foreach_copy_(targets, list(sources))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _loading(load: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
+    known: dict[tuple[str, ...], Places | None] = {}
+
+    def load_bucket(self: Any, flattened_tensor_bucket_dict: Mapping[str, Any]) -> tuple[bool, str]:
+        bucket_B = flattened_tensor_bucket_dict["flattened_tensor"]
+        metadata = flattened_tensor_bucket_dict["metadata"]
+        names = tuple(meta.name for meta in metadata)
+        if names not in known:
+            known[names] = places_of(dict(self.get_model().named_parameters()), metadata)
+        places = known[names]
+        if places is None:
+            return load(self, flattened_tensor_bucket_dict=flattened_tensor_bucket_dict)
+        with torch.no_grad():
+            copy_into(places, bucket_B)
+        if bucket_B.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the bucket's owner takes it back
+        return True, "Success"
+
+    return load_bucket
+
+
+def _checking(check: Callable[[Any], dict[str, Any]], module: Any) -> Callable[[Any], Any]:
+    def compute_checksum(self: Any) -> dict[str, Any]:
+        model, state = self._get_model(), dict(self._model_state())
+        if module._build_quantized_set(model) or not all(t.is_cuda for t in state.values()):
+            return check(self)
+        skipped = {name for name, t in state.items() if getattr(t, "_skip_weight_check", False)}
+        entries = module._build_check_entries(state, skipped)
+        names = [entry.name for entry in entries if entry.should_compare]
+        told = dict(zip(names, checksums([state[name] for name in names]), strict=True))
+        return module.ChecksumInfo(
+            checksums=told,
+            per_gpu_checksum=_of_all(told),
+            parallelism_info=self._parallelism_info(),
+        ).model_dump()
+
+    return compute_checksum
+
+
+def _of_all(told: Mapping[str, str]) -> str:
+    """As SGLang sums them up."""
+    digest = hashlib.sha256()
+    for name in sorted(told):
+        digest.update(name.encode())
+        digest.update(told[name].encode())
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""What runs inside an SGLang server on a GPU, computed here on a CPU: checksums, and a bucket's way in."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollflow.engines import weights
+from rollflow.engines.gpu import server_sums, server_weights
+from rollflow.engines.weights import bucket_layout
+
+_32 = (1 << 32) - 1
+
+
+def by_hand(words):
+    """SGLang's ``gpu_tensor_hash`` in Python's own numbers."""
+
+    def mixed(x):
+        x ^= x >> 16
+        x = x * 0x85EBCA6B & _32
+        x ^= x >> 13
+        x = x * 0xC2B2AE35 & _32
+        return x ^ x >> 16
+
+    def turned(x, bits):
+        return (x << bits | x >> (32 - bits)) & _32
+
+    total, size = 0, 4 * len(words)
+    for start in range(0, len(words), 8192):
+        high = low = 0
+        for i, word in enumerate(words[start : start + 8192], start):
+            word &= _32
+            high += mixed(word ^ (i * 0x27D4EB2D + server_sums.SEEDS[0] & _32) ^ turned(i, 15))
+            low += mixed(word ^ (i * 0x165667B1 + server_sums.SEEDS[1] & _32) ^ turned(i, 13))
+        total += mixed(high & _32 ^ size) << 32 | mixed(low & _32 ^ size)
+    return total & (1 << 64) - 1
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40))
+def test_a_hash_is_what_its_definition_says(words):
+    assert server_sums.hash_of_words(torch.tensor(words, dtype=torch.int32)) == by_hand(words)
+
+
+def test_a_hash_of_several_tiles_is_what_its_definition_says():
+    words = torch.randint(-(2**31), 2**31, (2 * 8192 + 5,), dtype=torch.int32)
+    assert server_sums.hash_of_words(words) == by_hand(words.tolist())
+
+
+def test_checksums_are_told_in_the_order_of_the_tensors():
+    tensors = [torch.randn(5, 3), torch.empty(0), torch.randn(7).bfloat16()]
+    together = server_sums.checksums(tensors)
+    assert together == [server_sums.checksums([t])[0] for t in tensors]
+    assert together[1] == "0" * 16
+    assert len(set(together)) == 3
+
+
+def model_and_bucket(vocabulary=6):
+    """SGLang's parameters, and the tensors of a bucket under their Hugging Face names."""
+    parameters = {
+        "model.embed_tokens.weight": torch.zeros(8, 4),
+        "model.layers.0.self_attn.qkv_proj.weight": torch.zeros(8, 4),
+        "model.norm.weight": torch.zeros(4),
+    }
+    named = [
+        ("model.embed_tokens.weight", torch.randn(vocabulary, 4)),
+        ("model.layers.0.self_attn.q_proj.weight", torch.randn(4, 4)),
+        ("model.layers.0.self_attn.k_proj.weight", torch.randn(2, 4)),
+        ("model.layers.0.self_attn.v_proj.weight", torch.randn(2, 4)),
+        ("model.norm.weight", torch.randn(4)),
+    ]
+    return parameters, named
+
+
+def flat(named):
+    return torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in named])
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_a_bucket_fills_the_parameters_and_leaves_the_padding(unaligned):
+    parameters, named = model_and_bucket()
+    places = server_weights.places_of(parameters, bucket_layout(named)[0])
+    assert places is not None
+    bucket = flat(named)
+    server_weights.copy_into(places, torch.cat([bucket[:4], bucket])[4:] if unaligned else bucket)
+    embedding, fused, norm = parameters.values()
+    assert torch.equal(embedding[:6], named[0][1])
+    assert not embedding[6:].any()
+    assert torch.equal(fused, torch.cat([tensor for _, tensor in named[1:4]]))
+    assert torch.equal(norm, named[4][1])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p, n: p.pop("model.norm.weight"),
+        lambda p, n: p.update({"model.norm.weight": torch.zeros(8)}),
+        lambda p, n: p.update({"model.norm.weight": torch.zeros(4).bfloat16()}),
+        lambda p, n: p.update({"model.embed_tokens.weight": torch.zeros(4, 8).t()}),
+        lambda p, n: n.pop(3),
+        lambda p, n: n.pop(1),
+    ],
+)
+def test_what_does_not_fill_the_parameters_is_left_to_sglang(spoil):
+    parameters, named = model_and_bucket()
+    spoil(parameters, named)
+    assert server_weights.places_of(parameters, bucket_layout(named)[0]) is None
+
+
+def test_a_bucket_is_loaded_by_one_copy_or_by_sglang():
+    parameters, named = model_and_bucket()
+    left = []
+    load = server_weights._loading(lambda self, **bucket: left.append(bucket) or (True, "theirs"))
+    model = SimpleNamespace(named_parameters=parameters.items)
+    updater = SimpleNamespace(get_model=lambda: model)
+    for tensors in (named, named[1:3]):
+        content = {"flattened_tensor": flat(tensors), "metadata": bucket_layout(tensors)[0]}
+        assert load(updater, flattened_tensor_bucket_dict=content)[0]
+    assert torch.equal(parameters["model.norm.weight"], named[4][1])
+    assert len(left) == 1
+
+
+def test_buckets_are_cut_where_a_fused_weight_begins():
+    _, named = model_and_bucket()
+    buckets = [[n for n, _ in bucket] for bucket, _ in weights._buckets(named, 64)]
+    assert buckets == [[named[0][0]], [n for n, _ in named[1:4]], [named[4][0]]]
