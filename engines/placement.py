@@ -1,4 +1,4 @@
-"""Where trainer ranks run: a Ray placement group with one bundle for each rank.
+"""Where engines run: trainer ranks in a Ray placement group with one bundle for each, all else beside them.
 
 A group is reserved as a whole or not at all, so that two runs on a cluster never each hold half of
 what they need. It belongs to the flow's process: when that ends, however it ends, Ray takes the
@@ -18,7 +18,10 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from .cluster import DeadlineError
 from .config import Placement
@@ -72,6 +75,20 @@ def in_bundle(group: PlacementGroup, rank: int, *, with_children: bool = False) 
     return PlacementGroupSchedulingStrategy(
         group, rank, placement_group_capture_child_tasks=with_children
     )
+
+
+def on_its_machine(group: PlacementGroup) -> Any:
+    """Scheduling strategy of an actor that runs where the first rank does: the two meet on loopback."""
+    return _only_on(placement_group_table(group)["bundles_to_node_id"][0])
+
+
+def on_this_machine() -> Any:
+    """Scheduling strategy of an actor that runs where this process does."""
+    return _only_on(ray.get_runtime_context().get_node_id())
+
+
+def _only_on(node: str) -> Any:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _check_machines(group: PlacementGroup) -> None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -100,8 +101,8 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
     served = asyncio.Event()
     starts = []
     if engines.manager:
-        beside = group if engines.take_turns else None
-        starts.append(_start_rollout(config, plan, beside, platform, timeout_s, served))
+        place = _beside(group, shares_gpu=engines.take_turns) if group is not None else None
+        starts.append(_start_rollout(config, plan, place, platform, timeout_s, served))
     if group is not None:
         after = served if engines.take_turns else None
         starts.append(_start_trainer(config, plan, engines, group, platform, timeout_s, after))
@@ -147,17 +148,22 @@ def _start_null(config: RunSettings, plan: RunPlan, engines: Engines) -> None:
         cluster.start_here(NullTrainer, name, rank, ranks, plan.run, config.store)
 
 
+def _beside(group: PlacementGroup, *, shares_gpu: bool) -> Any:
+    """Where the rollout goes: to the trainer's machine, or into the place of its one GPU too."""
+    if shares_gpu:
+        return placement.in_bundle(group, 0, with_children=True)
+    return placement.on_its_machine(group)
+
+
 async def _start_rollout(
     config: RunSettings,
     plan: RunPlan,
-    beside: PlacementGroup | None,
+    place: Any,
     platform: Platform,
     timeout_s: float,
     served: asyncio.Event,
 ) -> None:
-    """``beside``: the trainer's place, whose one GPU the server has a share of. ``served`` is set at the
-    end."""
-    place = placement.in_bundle(beside, 0, with_children=True) if beside else None
+    """``place``: Ray's scheduling strategy of the manager. ``served`` is set at the end."""
     cluster.start_actor(
         RolloutManager,
         MANAGER,

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.placement import on_this_machine
 from rollflow.engines.platform import SHARE, Device
 from rollflow.engines.published import place_of
 from rollflow.storage.refs import RunRef
@@ -262,7 +263,11 @@ class Fleet:
     def _new_actor(self, slot: Slot) -> Any:
         gpus = gpus_per_server(slot.table, self._device)
         gpus = SHARE * gpus if self._shares_gpu else gpus
-        actor = ray.remote(ServerActor).options(num_cpus=0, num_gpus=gpus, max_concurrency=8)
+        # One that shares a GPU is captured by the trainer's place, which is on this machine.
+        place = None if self._shares_gpu else on_this_machine()
+        actor = ray.remote(ServerActor).options(
+            num_cpus=0, num_gpus=gpus, max_concurrency=8, scheduling_strategy=place
+        )
         return actor.remote(slot.name, str(self._log_dir), self._device)
 
     async def _keep(self, slot: Slot) -> None:

@@ -6,11 +6,11 @@ import importlib.metadata
 import logging
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import HookKind, load_hook, set_arguments
@@ -25,6 +25,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, GroupsRef, RunRef
 from rollflow.storage.samples import Sample
 
+from .attempts import Attempts
 from .client import GIVE_UP_S, STOP_TIMEOUT_S, GenerateClient
 from .config import EvalConfig, HooksConfig, RolloutConfig
 from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
@@ -38,8 +39,6 @@ from .server import RolloutInfo
 from .teacher import Teacher
 from .trained_on import load_trained_on
 from .trainer import Trainer
-
-T = TypeVar("T")
 
 
 class RolloutManager:
@@ -85,7 +84,7 @@ class RolloutManager:
         self._eval_datasets: dict[str, Dataset] = {}
         self._slots = asyncio.Semaphore(rollout.concurrency)
         self._production: Production | None = None
-        self._running: dict[tuple[str | None, int], asyncio.Task[Any]] = {}
+        self._attempts = Attempts()
         self._producers: dict[int, Producer] = {}
         """Batches that are generated and not written yet, by step."""
 
@@ -145,7 +144,7 @@ class RolloutManager:
         producer = Producer(self._production, step, policy_version)
         if (before := self._producers.pop(step, None)) is not None:
             await before.collector.cancel()
-        await self._alone((None, step), self._fill(producer, policy_version))
+        await self._attempts.alone((None, step), self._fill(producer, policy_version))
         self._producers[step] = producer
         collector = producer.collector
         return GroupsRef(
@@ -221,7 +220,7 @@ class RolloutManager:
             return done
         evaluation = self._evaluation(name, step, policy_version)
         try:
-            return await self._alone((name, step), evaluation)
+            return await self._attempts.alone((name, step), evaluation)
         except ManifestError:  # an evaluation beside the training may have been faster
             done = await asyncio.to_thread(find_batch, self._store, self._run, step, name)
             if done is None:
@@ -230,8 +229,7 @@ class RolloutManager:
 
     async def stop(self) -> None:
         """End servers and router."""
-        for task in self._running.values():
-            task.cancel()
+        self._attempts.cancel()
         for producer in self._producers.values():
             await producer.collector.cancel()
         for dataset in self._datasets if self._production else []:
@@ -333,19 +331,6 @@ class RolloutManager:
     @property
     def _engine_name(self) -> str:
         return f"sglang {importlib.metadata.version('sglang')}" if self._fleet else ""
-
-    async def _alone(self, key: tuple[str | None, int], work: Coroutine[Any, Any, T]) -> T:
-        """Do ``work``; what still runs under the same name is given up first."""
-        if (before := self._running.pop(key, None)) is not None:
-            before.cancel()
-            await asyncio.wait({before})
-        task = asyncio.create_task(work)
-        self._running[key] = task
-        try:
-            return await task
-        finally:
-            if self._running.get(key) is task:
-                del self._running[key]
 
     async def _fill(self, producer: Producer, policy_version: int) -> None:
         async with self._serving(policy_version):

@@ -187,10 +187,14 @@ def test_real_engines_train_on_a_ray_that_runs_already_and_leave_it(stack, ray_a
     assert step_numbers(store, run) == [0, 1, 2]
     asks = (
         f"import ray; ray.init({ray_address[0]!r}, log_to_driver=False); "
-        "print(len(ray.nodes()), ray.util.list_named_actors(all_namespaces=True))"
+        "from ray._private import state; "
+        "places = [a['Address']['NodeID'] for a in state.actors().values()]; "
+        "print(len(ray.nodes()), ray.util.list_named_actors(all_namespaces=True), "
+        "len(places), len(set(places)))"
     )
     told = subprocess.run(
         [sys.executable, "-c", asks],
         env={**os.environ, **ray_address[1]}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert told.stdout.strip() == "3 []", told.stderr
+    # The trainer's rank, the manager and its server, on one of the three nodes.
+    assert told.stdout.strip() == "3 [] 3 1", told.stderr
