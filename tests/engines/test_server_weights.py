@@ -1,5 +1,6 @@
 """What runs inside an SGLang server on a GPU, computed here on a CPU: checksums, and a bucket's way in."""
 
+import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +126,17 @@ def test_buckets_are_cut_where_a_fused_weight_begins():
     _, named = model_and_bucket()
     buckets = [[n for n, _ in bucket] for bucket, _ in weights._buckets(named, 64)]
     assert buckets == [[named[0][0]], [n for n, _ in named[1:4]], [named[4][0]]]
+
+
+def test_weights_on_a_cpu_are_left_to_sglang_s_checker():
+    module = SimpleNamespace(_build_quantized_set=lambda model: {})
+    checker = SimpleNamespace(
+        _get_model=lambda: None, _model_state=lambda: iter([("norm", torch.zeros(2))])
+    )
+    theirs = {"checksums": {"norm": "12"}}
+    assert server_weights._checking(lambda self: theirs, module)(checker) is theirs
+
+
+def test_the_sum_of_all_checksums_does_not_depend_on_their_order():
+    told = {"b": "00ff", "a": "12"}
+    assert server_weights._of_all(told) == hashlib.sha256(b"a12b00ff").hexdigest()

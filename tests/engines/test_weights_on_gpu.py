@@ -71,3 +71,18 @@ def test_parts_of_a_fused_weight_must_come_in_order():
     tally = GpuTally(for_servers=True)
     with pytest.raises(ValueError, match=r"k_proj.*as part 0 of.*qkv_proj"):
         tally.add("model.layers.0.self_attn.k_proj.weight", torch.randn(4, 8))
+
+
+def test_what_a_tally_tells_does_not_depend_on_how_much_it_holds_at_a_time(monkeypatch):
+    def told():
+        torch.manual_seed(0)
+        tally = GpuTally(for_servers=True)
+        for part, rows in (("q", 8), ("k", 4), ("v", 4)):
+            tally.add(f"model.layers.0.self_attn.{part}_proj.weight", torch.randn(rows, 16))
+        tally.add("model.norm.weight", torch.randn(16))
+        return tally.digest(), tally.server_checksums()
+
+    at_once = told()
+    monkeypatch.setattr(weights_on_gpu, "HELD_BYTES", 600)
+    assert told() == at_once
+    assert list(at_once[1]) == ["model.layers.0.self_attn.qkv_proj.weight", "model.norm.weight"]
