@@ -34,7 +34,7 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import run_ref
 
-from .trajectory import EXACT_STEPS, RECIPES, STEPS, Trajectory, golden, trajectory, words_of
+from .trajectory import FEW, RECIPES, Trajectory, golden, trajectory, words_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ class Started:
     teacher: Frozen
 
     def config(self, recipe: str) -> RunConfig:
-        words = (*words_of(recipe, str(self.folder)), "--steps", str(STEPS))
+        words = words_of(recipe, FEW, str(self.folder))
         return load_config(recipes()[recipe], (*words, "--store.url", str(self.folder / "store")))
 
 
@@ -87,7 +87,7 @@ async def started(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sta
     folder = tmp_path_factory.mktemp("trajectories")
     arithmetic.make(folder)
     config = load_config(
-        recipes()["arithmetic_distill_cpu"], words_of("arithmetic_distill_cpu", str(folder))
+        recipes()["arithmetic_distill_cpu"], words_of("arithmetic_distill_cpu", FEW, str(folder))
     )
     ref = cluster.connect(ClusterConfig(), "trajectories")
     fleet = Fleet(config.model, config.rollout, config.sglang, config.router, "cpu", folder)
@@ -129,7 +129,7 @@ async def few_steps(started: Started, recipe: str) -> Trajectory:
         await manager.start()
         rank.setup(rank.address())
         rank.restore(None)
-        for step in range(EXACT_STEPS):
+        for step in range(FEW.steps):
             if config.rollout.servers:
                 pushed = rank.push_weights((await manager.info()).server_urls, step)
                 assert not pushed.failed
@@ -148,7 +148,7 @@ async def few_steps(started: Started, recipe: str) -> Trajectory:
 @pytest.mark.parametrize("recipe", RECIPES)
 async def test_a_recipe_begins_along_its_golden_trajectory(started, recipe):
     way = await few_steps(started, recipe)
-    assert way.differences(golden()[recipe]) == []
+    assert way.differences(golden(FEW)[recipe]) == []
     assert max(way.grad_norm) > 0
 
 

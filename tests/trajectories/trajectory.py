@@ -22,9 +22,40 @@ from rollflow.storage.runs import open_run
 from rollflow.storage.steps import read_steps
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden.json"
-START, TEACHER = HERE / "weights/start", HERE / "weights/teacher"
-"""Fixed weights: a model that gets half of the sums right when it samples, and one that gets nearly all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """From which weights a way begins, how much each of its steps is, and how long it is."""
+
+    name: str
+    prompts: int
+    """In a batch; 8 samples each."""
+    steps: int
+    words: tuple[str, ...] = ()
+    """Settings that differ from the recipe's."""
+
+    @property
+    def golden(self) -> Path:
+        """The ways that are kept, by recipe."""
+        return HERE / f"{self.name}.json"
+
+    @property
+    def start(self) -> Path:
+        """Fixed weights that get a third to a half of the sums right when they sample."""
+        return HERE / "weights" / self.name / "start"
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of the same model that get nearly all of them right."""
+        return HERE / "weights" / self.name / "teacher"
+
+
+FEW = Course("few_steps", prompts=16, steps=3)
+"""What the suite takes: a small model, few samples."""
+MANY = Course("many_steps", prompts=32, steps=50, words=("--lr", "5e-5"))
+"""What learns: the demo's model. Batches are half of the recipes', which want a smaller rate."""
+COURSES = {course.name: course for course in (FEW, MANY)}
 MODEL = arithmetic.MODEL | {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -32,18 +63,18 @@ MODEL = arithmetic.MODEL | {
     "num_key_value_heads": 1,
     "torch_dtype": "bfloat16",
 }
-STEPS = 50
+"""The small one."""
 RECIPES = [name for name in recipes() if name.startswith("arithmetic_") and name.endswith("_cpu")]
 SETTINGS = (
     *("--model.dtype", "float32", "--evals", "[]", "--checkpoint.every", "1000"),
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
-    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8"),
+    *("--rollout.n_samples_per_prompt", "8"),
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_decay_steps", "1000"),
 )
 SUPERVISED = (
     *("--rollout.servers", "0"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
-    *("--rollout.batch_size", "128", "--rollout.n_samples_per_prompt", "1"),
+    *("--rollout.n_samples_per_prompt", "1"),
 )
 EXACT_STEPS = 3
 """So many steps agree to the last count of right answers, whatever the processor."""
@@ -97,33 +128,33 @@ def prepare(folder: Path) -> None:
     arithmetic.make(folder / "arithmetic")
 
 
-def words_of(recipe: str, data: str = "arithmetic") -> list[str]:
+def words_of(recipe: str, course: Course, data: str = "arithmetic") -> list[str]:
     """What is laid over a recipe's settings for its trajectory; ``data``: the folder of the data."""
     algorithm = load_config(recipes()[recipe], ()).algorithm.name
-    words = [*SETTINGS, "--model.path", str(START), "--model.random_weights", "false"]
-    words += ["--data.path", f"{data}/train.jsonl"]
+    words = [*SETTINGS, *course.words, "--model.path", str(course.start), "--model.random_weights", "false"]
+    words += ["--data.path", f"{data}/train.jsonl", "--steps", str(course.steps)]
+    words += ["--rollout.batch_size", str(course.prompts * (8 if algorithm == "sft" else 1))]
     if algorithm == "sft":
         heldout = f'{{name = "heldout", loss = true, data = {{path = "{data}/heldout.jsonl"}}}}'
         words += [*SUPERVISED, "--evals", f"[{heldout}]"]
     if algorithm == "distill":
-        words += ["--rollout.teacher", f'{{path = "{TEACHER}"}}']
+        words += ["--rollout.teacher", f'{{path = "{course.teacher}"}}']
     if algorithm == "ppo":
         words += ["--algorithm.critic", "{lr = 2e-4, warmup_steps = 1}"]
     return words
 
 
-def take(folder: Path, recipe: str, steps: int) -> Trajectory:
-    """Train ``steps`` steps of a recipe from the fixed weights; AssertionError where it fails."""
+def take(folder: Path, recipe: str, course: Course) -> Trajectory:
+    """Train a recipe from the fixed weights; AssertionError where it fails."""
     config = load_config(recipes()[recipe], ())
     algorithm = config.algorithm.name
     command = "sft" if algorithm == "sft" else "train"
-    words = [*words_of(recipe), "--steps", str(steps)]
     done = subprocess.run(
-        [sys.executable, "-m", "rollflow", command, recipe, *words],
+        [sys.executable, "-m", "rollflow", command, recipe, *words_of(recipe, course)],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
@@ -164,6 +195,8 @@ def down(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "rollflow", "down"], cwd=folder, timeout=100)
 
 
-def golden() -> dict[str, Trajectory]:
-    """The kept trajectories by recipe."""
-    return {name: Trajectory(**row) for name, row in json.loads(GOLDEN.read_text()).items()}
+def golden(course: Course) -> dict[str, Trajectory]:
+    """The kept trajectories by recipe; none where the file is not there yet."""
+    if not course.golden.exists():
+        return {}
+    return {name: Trajectory(**row) for name, row in json.loads(course.golden.read_text()).items()}
