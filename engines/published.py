@@ -191,7 +191,7 @@ def load(url: str, path: str, published: Published, timeout_s: float) -> None:
         "load_format": "auto",
         "weight_version": published.label,
         "abort_all_requests": True,  # what it still works on was asked again elsewhere
-        "flush_cache": True,
+        "flush_cache": False,
     }
     with httpx.Client(base_url=url, timeout=timeout_s, trust_env=False) as client:
         answer = client.post("/update_weights_from_disk", json=body)
@@ -200,6 +200,7 @@ def load(url: str, path: str, published: Published, timeout_s: float) -> None:
                 f"server {url} did not load {path!r}: {answer.text[:300]}; the folder must be "
                 "readable there under that name"
             )
+        weights.flush(client)
         weights.verify(client, published.checksums, published.label)
 
 

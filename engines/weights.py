@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .weights_on_gpu import GpuTally
 
 BUCKET_BYTES = 512 << 20
+FLUSH_TIMEOUT_S, FLUSH_AGAIN_S = 60.0, 0.01
+"""Seconds that a server may take to come to rest under new weights, and between two tries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +242,32 @@ def post_tensors(payload: str, client: httpx.Client, version: int | None) -> Non
     body: dict[str, Any] = {
         "serialized_named_tensors": [payload],
         "load_format": "flattened_bucket",
-        "flush_cache": version is not None,
+        "flush_cache": False,
     }
     if version is not None:
         body["weight_version"] = str(version)
     _ok(client.post("/update_weights_from_tensor", json=body))
+    if version is not None:
+        flush(client)
+
+
+def flush(client: httpx.Client) -> None:
+    """Have a server forget the keys and values of older weights, once it has put away what it is at.
+
+    The flush that comes with an update does not wait: a health check on its way ends the server.
+
+    Raises:
+        WeightMismatchError: it is not at rest in time.
+        httpx.TransportError: it does not answer.
+    """
+    begun = time.monotonic()
+    while (answer := client.post("/flush_cache", params={"timeout": 1})).is_error:
+        if time.monotonic() - begun > FLUSH_TIMEOUT_S:
+            raise WeightMismatchError(
+                f"server {client.base_url} still works on requests {FLUSH_TIMEOUT_S:.0f} s after it "
+                f"was given new weights: {answer.text[:300]}"
+            )
+        time.sleep(FLUSH_AGAIN_S)
 
 
 def _ok(response: httpx.Response) -> httpx.Response:

@@ -72,7 +72,7 @@ def translate(*words: Words) -> None:
     for word, why in sorted(found.missing.items()):
         print(f"# not translated: --{word}: {why}")
     for word, why in sorted(found.implied.items()):
-        print(f"# not needed: --{word}: {why}")
+        print(f"# no word of its own: --{word}: {why}")
     print(to_toml(found.tree), end="")
 
 

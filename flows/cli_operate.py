@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from cyclopts import App
 
+from rollflow.storage.config import StoreConfig
+
 from . import server, stack
 from .terminal import DEFAULT_STORE, StoreUrl, Words, console
 
@@ -19,19 +21,23 @@ def register(app: App) -> None:
         app.command(command)
 
 
-def up(*, foreground: bool = False, at_once: int = 1, beside: int = 1) -> None:
+def up(*, foreground: bool = False, at_once: int | None = None, beside: int | None = None) -> None:
     """Start the local stack: Prefect server, every flow deployed, and a worker that runs them.
 
     Parameters
     ----------
     foreground: stay, and keep server and worker alive until Ctrl-C.
-    at_once: runs that train at the same time; the others queue.
-    beside: evaluations, scorings and conversions at the same time.
+    at_once: runs that train at the same time; the others queue. 1 unless given.
+    beside: evaluations, scorings and conversions at the same time. 1 unless given.
     """
     if foreground:
-        stack.keep(at_once, beside)
+        stack.keep(at_once or 1, beside or 1)
         return
-    console.print(f"Prefect UI: {stack.up()}")
+    if (at_once or beside) and stack.running():
+        raise ValueError(
+            "the stack runs already; `rollflow deploy --at-once N --beside N` changes how many run at once"
+        )
+    console.print(f"Prefect UI: {stack.up(at_once or 1, beside or 1)}")
     console.print("  start a run there (Deployments), or: rollflow submit CONFIG")
     console.print("  what goes on: rollflow status; to stop it all: rollflow down")
 
@@ -46,9 +52,9 @@ def status() -> None:
     """Show the local stack and what the runs of this folder are doing."""
     from .show import print_queue, print_status
 
-    keeper, local = stack.running(), server.running()
+    process, local = stack.worker(), server.running()
     console.print(f"Prefect server: {local.url if local else 'not running here'}", highlight=False)
-    worker = f"pid {keeper.worker}" if keeper and keeper.worker else "not running here"
+    worker = f"pid {process.pid}" if process else "not running here"
     console.print(f"worker:         {worker}", highlight=False)
     print_status(console)
     if api := os.environ.get("PREFECT_API_URL") or (local.api_url if local else ""):
@@ -117,12 +123,14 @@ def submit(config: str, *words: Words, at: datetime | None = None) -> None:
 
     resolved = load_config(recipes().get(config, config), words)
     check_settings(resolved)
-    ui = server.use_server()
+    ui = server.find_server()
     from . import remote
 
     flow = "sft" if resolved.algorithm.name == "sft" else "train"
     found = asyncio.run(remote.submit(flow, resolved, at))
     console.print(f"{found.name}: {flow} {found.when}: {ui}/runs/flow-run/{found.id}")
+    if not os.environ.get("PREFECT_API_URL") and not stack.worker():
+        console.print("no worker runs in this folder: it waits until `rollflow up` starts one")
 
 
 def schedule(
@@ -134,21 +142,34 @@ def schedule(
 ) -> None:
     """Start a flow by the clock: evaluate a run's newest checkpoint, or let a run go on.
 
+    The UI lists, pauses and removes schedules, on the page of the flow's deployment.
+
     Parameters
     ----------
     what: flow.
     run: name of a stored run for evaluate; else a TOML file, or the name of a recipe.
     cron: minute hour day month weekday, in UTC.
     """
+    from rollflow.storage.objects import Store
+    from rollflow.storage.runs import open_run
+    from rollflow.tasks.checks import check_settings
+
     from .arguments import load_config, recipes
 
     if what == "evaluate":
+        open_run(Store(StoreConfig(url=store)), run)
         parameters: dict[str, Any] = {"run": run, "store": {"url": store}}
         name = f"evaluate-{run}"
     else:
         resolved = load_config(recipes().get(run, run), words)
+        check_settings(resolved)
+        if (what == "sft") != (resolved.algorithm.name == "sft"):
+            raise ValueError(
+                f"algorithm.name = {resolved.algorithm.name!r} in a schedule of {what}: take "
+                f"{'train' if what == 'sft' else 'sft'}, or other settings"
+            )
         parameters, name = {"config": resolved.model_dump(mode="json")}, resolved.name
-    server.use_server()
+    server.find_server()
     from . import remote
 
     found = asyncio.run(remote.schedule(what, json.loads(json.dumps(parameters)), cron, name))
@@ -162,7 +183,7 @@ def pause(run: str) -> None:
     ----------
     run: name of the run; `rollflow resume` lets it go on.
     """
-    server.use_server()
+    server.find_server()
     from . import remote
 
     found = asyncio.run(remote.suspend(run))
@@ -176,7 +197,7 @@ def cancel(run: str) -> None:
     ----------
     run: name of the run.
     """
-    server.use_server()
+    server.find_server()
     from . import remote
 
     found = asyncio.run(remote.cancel(run))

@@ -78,7 +78,10 @@ def deployments(presets: Sequence[Path] = ()) -> list[Deployed]:
 
 
 def _of_file(name: str, file: Path) -> Deployed:
-    config = load_config(file)
+    try:
+        config = load_config(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from error
     supervised = config.algorithm.name == "sft"
     return Deployed(
         flow=sft if supervised else train,

@@ -147,10 +147,10 @@ def _server() -> list[Finding]:
 
 
 def _worker() -> list[Finding]:
-    keeper = stack.running()
-    found = f"pid {keeper.worker}" if keeper and keeper.worker else "none of this folder"
+    worker = stack.worker()
+    found = f"pid {worker.pid}" if worker else "none of this folder"
     mend = "`rollflow up`, or `prefect worker start --pool rollflow` where the runs shall be"
-    return [Finding("worker", bool(keeper and keeper.worker), found, mend, needed=False)]
+    return [Finding("worker", worker is not None, found, mend, needed=False)]
 
 
 def _sandbox() -> list[Finding]:

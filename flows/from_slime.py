@@ -163,7 +163,13 @@ def _together(given: dict[str, list[str]], out: Translation) -> None:
         out.put("trainer.load", given["load"][0])
     _kl_and_reward(given, out)
     if "colocate" in given:
-        out.missing["colocate"] = "servers and trainer do not share GPUs; give each their own"
+        if gpus == 1:
+            out.put("cluster.colocate", True)
+        else:
+            out.missing["colocate"] = (
+                f"one server and one rank may share one GPU (cluster.colocate); of {gpus}, each rank and "
+                "server here has its own: give it more GPUs, or lower trainer.ranks and rollout.servers"
+            )
     if "partial-rollout" in given:
         _partial(number("over-sampling-batch-size", 0) > number("rollout-batch-size", 32), out)
     _evals(given, number, out)
@@ -192,8 +198,10 @@ def _kl_and_reward(given: dict[str, list[str]], out: Translation) -> None:
             out.put(RENAMED[optional], float(given[optional][0]))
     if "rm-type" in given and "custom-rm-path" not in given:
         out.put("rollout.reward", "my_reward:score")
+        del out.implied["rm-type"]
         out.missing["rm-type"] = (
-            f"{given['rm-type'][0]!r}: write a reward function and name it in rollout.reward"
+            f"{given['rm-type'][0]!r}: write a reward function and name it in rollout.reward, where "
+            "my_reward:score stands"
         )
 
 

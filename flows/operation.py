@@ -31,6 +31,10 @@ class Operation:
             first=plan.checkpoint,
         )
 
+    def is_last(self) -> bool:
+        """Whether the flow run ends after the current step, because it was suspended."""
+        return self._boundary.asked()
+
     async def saving(self, step: int) -> None:
         """The checkpoint of ``step`` was begun."""
         if self._announcements:

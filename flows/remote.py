@@ -14,6 +14,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Cancelling, Scheduled
+from pydantic import ValidationError
 
 from rollflow.tasks import judging
 
@@ -36,9 +37,15 @@ async def submit(flow: str, config: RunConfig, at: datetime | None = None) -> Su
     """Schedule one flow run of ``train`` or ``sft``, now or at a time.
 
     Raises:
-        ValueError: the flow is not deployed.
+        ValueError: the flow is not deployed, or a flow run of that name has not ended.
     """
     parameters = {"config": config.model_dump(mode="json")}
+    for before in await flow_runs(config.name):
+        if before.state and before.state.type not in ENDED and before.name == config.name:
+            raise ValueError(
+                f"name = {config.name!r}: flow run {before.id} of it is {before.state.type.value.lower()}; "
+                "choose another name, or end that one by `rollflow cancel`"
+            )
     when = at.astimezone(UTC) if at else datetime.now(UTC)
     deployment = await _deployment(flow)
     async with get_client() as client:
@@ -67,8 +74,15 @@ async def schedule(flow: str, parameters: Mapping[str, Any], cron: str, name: st
         ValueError: the flow is not deployed, or ``cron`` is none.
     """
     deployment = await _deployment(flow)
+    try:
+        by_the_clock = CronSchedule(cron=cron, timezone="UTC")
+    except ValidationError as error:
+        raise ValueError(
+            f"cron = {cron!r}: {error.errors()[0]['msg']}; give minute, hour, day of the month, month and "
+            'day of the week, e.g. "0 3 * * *"'
+        ) from error
     create = DeploymentScheduleCreate(
-        schedule=CronSchedule(cron=cron, timezone="UTC"),
+        schedule=by_the_clock,
         active=True,
         parameters=dict(parameters),
         slug=name.lower().replace(".", "-").replace("_", "-"),

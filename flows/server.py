@@ -26,6 +26,8 @@ START_TIMEOUT_S = 300.0
 TELL_AFTER_S = 5.0
 STOP_TIMEOUT_S = 15.0
 KEEP_EVERY_S = 1.0
+ELSEWHERE_S = 10.0
+"""A server that is not ours has so long to answer."""
 STARTS = 3
 EVENTS_KEPT = "P1D"
 """Events are most of the database: a day of them is enough for automations and the UI's feed."""
@@ -68,8 +70,10 @@ def use_server() -> str:
 
     Raises:
         RuntimeError: Prefect was imported before, and would start a hidden server of its own.
+        RuntimeError: the one that ``PREFECT_API_URL`` names does not answer.
     """
     if api := os.environ.get("PREFECT_API_URL"):
+        check_elsewhere(api)
         return api.removesuffix("/api")
     if "prefect" in sys.modules:
         raise RuntimeError("Prefect was imported before its server was chosen: import it later")
@@ -77,6 +81,40 @@ def use_server() -> str:
     os.environ.update(_settings(), PREFECT_API_URL=server.api_url)
     threading.Thread(target=_keep, name="prefect server", daemon=True).start()
     return server.url
+
+
+def find_server() -> str:
+    """As :func:`use_server`, but none is started: for commands that want what a server knows.
+
+    Raises:
+        RuntimeError: none runs in this folder, or that of ``PREFECT_API_URL`` does not answer.
+    """
+    if not os.environ.get("PREFECT_API_URL") and running() is None:
+        raise RuntimeError(
+            "no Prefect server runs in this folder; `rollflow up` starts one with a worker, "
+            "PREFECT_API_URL names one elsewhere"
+        )
+    return use_server()
+
+
+def check_elsewhere(api: str) -> None:
+    """Wait a little for a server that is not ours and may just be started again.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            httpx.get(f"{api}/health", timeout=ELSEWHERE_S)
+            return
+        except httpx.HTTPError as error:
+            if time.monotonic() - begun > ELSEWHERE_S:
+                raise RuntimeError(
+                    f"PREFECT_API_URL = {api}: no Prefect server answers there ({error!r}); start it, or "
+                    "unset the variable to have one in this folder"
+                ) from error
+        time.sleep(0.5)
 
 
 def running() -> LocalServer | None:

@@ -34,12 +34,16 @@ class Keeper(server.KeptProcess):
 
     worker: int = 0
     """Process id of the worker; 0 before it was first started."""
+    worker_started: float = 0.0
+    """Start time of the worker's process, which with its id names it for sure."""
     ready: bool = False
     """Whether everything is deployed and the worker was started."""
 
 
-def up() -> str:
+def up(at_once: int = 1, beside: int = 1) -> str:
     """Start the stack unless it runs; the server's URL once all is up.
+
+    ``at_once``, ``beside``: runs at the same time in either queue.
 
     Raises:
         RuntimeError: it ended before that, or took too long; gives the end of its log.
@@ -47,9 +51,12 @@ def up() -> str:
     server.HOME.mkdir(parents=True, exist_ok=True)
     keeper = running()
     if keeper is None:
+        if api := os.environ.get("PREFECT_API_URL"):
+            server.check_elsewhere(api)
+        limits = ("--at-once", str(at_once), "--beside", str(beside))
         with _log().open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rollflow", "up", "--foreground"],
+                [sys.executable, "-m", "rollflow", "up", "--foreground", *limits],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -85,36 +92,55 @@ def keep(at_once: int, beside: int) -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    _write(_me())
+    process = worker()  # that of a keeper that was killed, with its flows
+    _write(_me(process))
     server.use_server()
     from .deployments import Placement, deploy
 
     asyncio.run(deploy(Placement(folder=Path.cwd(), at_once=at_once, beside=beside)))
-    worker: subprocess.Popen[bytes] | None = None
-    failures, started = 0, 0.0
+    _write(_me(process, ready=process is not None))
+    failures, started = 0, time.monotonic()
     try:
         while not ended:
-            if worker is None or worker.poll() is not None:
-                if worker is not None:
+            if process is None or _has_ended(process):
+                if process is not None:
                     failures = 0 if time.monotonic() - started > LIVED_S else failures + 1
-                    print(f"the worker ended (status {worker.returncode}); starting it again")
+                    print("the worker ended; starting it again")
                     _pause(PAUSES_S[min(failures, len(PAUSES_S) - 1)], ended)
                 if not ended:
-                    worker, started = start_worker(), time.monotonic()
-                    _write(_me(worker.pid, ready=True))
+                    process, started = start_worker(), time.monotonic()
+                    _write(_me(process, ready=True))
             time.sleep(0.2)
     finally:
-        if worker is not None:
-            _end(worker)
+        if process is not None:
+            _end(process)
         _record().unlink(missing_ok=True)
 
 
-def start_worker() -> subprocess.Popen[bytes]:
+def worker() -> psutil.Process | None:
+    """The worker of this folder's stack, if it runs; it outlives a keeper that was killed."""
+    with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+        kept = Keeper(**json.loads(_record().read_text()))
+        process = psutil.Process(kept.worker) if kept.worker else None
+        if process and abs(process.create_time() - kept.worker_started) < 1.0:
+            return None if process.status() == psutil.STATUS_ZOMBIE else process
+    return None
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        process.wait(0)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+def start_worker() -> psutil.Process:
     """Start a worker of the pool in this folder; hooks of the folder can be imported by its flows."""
     from .deployments import POOL
 
     paths = [str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
+    return psutil.Popen(
         [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
         stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -141,17 +167,20 @@ def down() -> list[str]:
         for left in alive:
             left.kill()
         ended.append("worker")
+    if (orphan := worker()) is not None:
+        _end(orphan)
+        ended.append("worker" if not ended else "another worker")
+    _record().unlink(missing_ok=True)
     if server.stop():
         ended.append("Prefect server")
     return ended
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
+def _end(worker: psutil.Process) -> None:
     """End a worker: it is asked to, and so are its flows; what does not end in time is killed."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(worker.pid)
-        family = [process, *process.children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
+        family = [worker, *worker.children(recursive=True)]
+        worker.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
         for left in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,9 +193,13 @@ def _pause(seconds: float, ended: list[int]) -> None:
         time.sleep(0.1)
 
 
-def _me(worker: int = 0, *, ready: bool = False) -> Keeper:
+def _me(worker: psutil.Process | None, *, ready: bool = False) -> Keeper:
     return Keeper(
-        pid=os.getpid(), started=psutil.Process().create_time(), worker=worker, ready=ready
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        worker=worker.pid if worker else 0,
+        worker_started=worker.create_time() if worker else 0.0,
+        ready=ready,
     )
 
 

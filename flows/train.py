@@ -58,14 +58,14 @@ async def _train(config: RunConfig, plan: RunPlan, operation: Operation, progres
             for step in range(plan.next_step, config.steps):
                 await iteration(config, production, engines, step, progress)
                 good_enough = await evaluate_weights(config, plan.run, engines, step + 1, progress)
-                last = good_enough or step + 1 == config.steps
-                if (last and config.checkpoint.last) or config.checkpoint.due(step + 1):
-                    await progress.time(
-                        "checkpoint",
-                        save_checkpoint(
-                            engines, config.checkpoint, config.store, plan.run, step, last=last
-                        ),
-                    )
+                last, suspended = good_enough or step + 1 == config.steps, operation.is_last()
+                due = suspended or config.checkpoint.due(step + 1)
+                if due or (last and config.checkpoint.last):
+                    saved = save_checkpoint(
+                        engines, config.checkpoint, config.store, plan.run, step,
+                        last=last or suspended,
+                    )  # fmt: skip
+                    await progress.time("checkpoint", saved)
                     await operation.saving(step)
                 if last:
                     break

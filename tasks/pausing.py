@@ -35,6 +35,10 @@ class StepBoundary:
     def __init__(self, request: FlowRunSuspensionRequest | None) -> None:
         self._request = request
 
+    def asked(self) -> bool:
+        """Whether somebody has suspended this flow run."""
+        return bool(self._request and self._request.get_state())
+
     def pause(self) -> None:
         """End this flow run here if somebody has suspended it: on resumption it begins anew, and goes
         on from the log.

@@ -51,7 +51,9 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.weights, self.flushes, self.spoil = {}, [], False
+        self.weights, self.spoil = {}, False
+        self.calls = []
+        """Requests in order: loads, and flushes, the first of which finds the server busy."""
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -61,7 +63,8 @@ class FakeServer(ThreadingHTTPServer):
         for meta in bucket["metadata"]:
             flat = bucket["flattened_tensor"][meta.start_idx : meta.end_idx]
             self.weights[meta.name] = flat.view(meta.dtype).reshape(meta.shape).clone()
-        self.flushes.append(body["flush_cache"])
+        assert not body["flush_cache"]
+        self.calls.append("load")
         self.version = body.get("weight_version", self.version)
 
     def checksums(self):
@@ -88,7 +91,10 @@ class FakeHandler(BaseHTTPRequestHandler):
         return self.server
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
+        if self.path.startswith("/flush_cache"):
+            self.fake.calls.append("flush")
+            return self.answer({}, 200 if self.fake.calls.count("flush") > 1 else 400)
         if self.path == "/update_weights_from_tensor":
             self.fake.load(body)
             return self.answer({"success": True})
@@ -98,9 +104,9 @@ class FakeHandler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({"weight_version": self.fake.version})
 
-    def answer(self, content):
+    def answer(self, content, status=200):
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -166,7 +172,8 @@ def test_every_server_gets_all_weights_and_the_version(named, servers, monkeypat
     for server in servers:
         assert server.version == "7"
         assert all(torch.equal(server.weights[name], tensor) for name, tensor in named)
-        assert server.flushes == [False] * (len(server.flushes) - 1) + [True]
+        loads = server.calls.count("load")
+        assert server.calls == ["load"] * loads + ["flush"] * 2
     open_files = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
     assert not any("rollflow-weights" in name for name in open_files)
 

@@ -68,6 +68,11 @@ def test_a_second_run_waits_for_the_cluster(stack):
     assert stack.state("b") in ("Scheduled", "Late")
 
 
+def test_a_run_that_has_not_ended_is_not_submitted_again(stack):
+    with pytest.raises(AssertionError, match=r"name = 'a': flow run .* of it is running"):
+        stack.rollflow("submit", "run.toml", "--name", "a")
+
+
 def test_a_suspended_run_ends_between_two_steps_and_gives_back_its_lease(stack):
     stack.wait("the first checkpoint", lambda: stack.status("a")["step"] > EVERY)
     stack.rollflow("pause", "a")
@@ -76,6 +81,7 @@ def test_a_suspended_run_ends_between_two_steps_and_gives_back_its_lease(stack):
     store, run = stack.stored("a")
     assert step_numbers(store, run) == batch_steps(store, run)  # no step was left half done
     check_free(store, run)  # raises where it is held
+    assert checkpoint_steps(store, run)[-1] == step_numbers(store, run)[-1]
     assert stack.state("a") == "Suspended"
 
 
@@ -149,6 +155,13 @@ class TestKills:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self.goes_on(stack, "SIGKILL of worker and flow at once")
+
+    def test_the_process_that_keeps_the_worker(self, running):
+        kept = json.loads((running.folder / ".rollflow/prefect/stack.json").read_text())
+        os.kill(kept["pid"], signal.SIGKILL)
+        running.rollflow("up")
+        assert self.worker(running) == kept["worker"]
+        self.goes_on(running, "SIGKILL of the process that keeps the worker, and `rollflow up`")
 
     def test_what_had_ended_in_order_was_not_started_again(self, running):
         assert running.state("a") == "Cancelled"

@@ -115,6 +115,20 @@ def test_a_launch_script_is_translated_to_the_same(name: str):
     assert field(build_config(tomllib.loads(to_toml(found.tree))), dotted) == value
 
 
+def test_one_gpu_is_shared_and_of_several_each_engine_has_its_own():
+    words = ["--colocate", "--actor-num-gpus-per-node", "1"]
+    assert from_slime(words).tree["cluster"] == {"colocate": True}
+    several = from_slime(["--colocate", "--actor-num-gpus-per-node", "8"])
+    assert "cluster" not in several.tree
+    assert "one server and one rank may share one GPU" in several.missing["colocate"]
+
+
+def test_a_kind_of_reward_is_told_once():
+    found = from_slime(["--rm-type", "deepscaler"])
+    assert "my_reward:score" in found.missing["rm-type"]
+    assert "rm-type" not in found.implied
+
+
 def test_partial_rollout_without_over_sampling_cuts_nothing_and_says_so():
     words = [
         "--hf-checkpoint",

@@ -22,7 +22,9 @@ def request_():
 def test_prefect_ends_no_task_until_the_step_is_done(request_):
     with pausing_between_steps() as boundary:
         boundary.pause()  # nobody asked
+        assert not boundary.asked()
         request_.mark_requested(Suspended())
+        assert boundary.asked()
         raise_if_flow_run_suspension_requested()  # what Prefect does around every task
         with pytest.raises(Pause) as raised:
             boundary.pause()
@@ -39,4 +41,5 @@ def test_afterwards_prefect_decides_again(request_):
 
 def test_outside_of_a_flow_nothing_is_held_back():
     with pausing_between_steps() as boundary:
+        assert not boundary.asked()
         boundary.pause()

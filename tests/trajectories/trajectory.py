@@ -131,7 +131,14 @@ def prepare(folder: Path) -> None:
 def words_of(recipe: str, course: Course, data: str = "arithmetic") -> list[str]:
     """What is laid over a recipe's settings for its trajectory; ``data``: the folder of the data."""
     algorithm = load_config(recipes()[recipe], ()).algorithm.name
-    words = [*SETTINGS, *course.words, "--model.path", str(course.start), "--model.random_weights", "false"]
+    words = [
+        *SETTINGS,
+        *course.words,
+        "--model.path",
+        str(course.start),
+        "--model.random_weights",
+        "false",
+    ]
     words += ["--data.path", f"{data}/train.jsonl", "--steps", str(course.steps)]
     words += ["--rollout.batch_size", str(course.prompts * (8 if algorithm == "sft" else 1))]
     if algorithm == "sft":

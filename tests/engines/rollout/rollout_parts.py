@@ -13,6 +13,7 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import GenerateContext, GenerateEngine
 from rollflow.engines.rollout import single_turn
 from rollflow.engines.rollout.config import EvalConfig, HooksConfig, RolloutConfig, SamplingConfig
+from rollflow.engines.weights import flush
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
@@ -64,10 +65,11 @@ class StubTrainer:
     def push_weights(self, urls: list[str], version: int, place: str = "") -> None:
         self.pushed.append((urls, version))
         for url in urls:
-            body = {"model_path": self.folder, "weight_version": str(version), "flush_cache": True}
-            answer = httpx.post(f"{url}/update_weights_from_disk", json=body, timeout=60)
-            answer.raise_for_status()
-            assert answer.json()["success"]
+            body = {"model_path": self.folder, "weight_version": str(version), "flush_cache": False}
+            with httpx.Client(base_url=url, timeout=60) as client:
+                answer = client.post("/update_weights_from_disk", json=body)
+                assert answer.raise_for_status().json()["success"]
+                flush(client)
 
     def pushes(self) -> list[tuple[list[str], int]]:
         return self.pushed

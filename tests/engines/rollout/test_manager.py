@@ -1,6 +1,7 @@
 """The rollout engine with real servers, router and store. The tests share one engine, in order."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -82,7 +83,12 @@ def sample_of(ids: list[int], logprobs: list[float]) -> Sample:
 
 
 def session_of(leader: int) -> set[int]:
-    return {p.pid for p in psutil.process_iter() if os.getsid(p.pid) == leader}
+    found: set[int] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            if os.getsid(process.pid) == leader:
+                found.add(process.pid)
+    return found
 
 
 def test_a_step_is_generated_scored_and_committed(rollout: RolloutParts):
@@ -237,6 +243,23 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_a_server_takes_new_weights_while_it_is_asked_for_its_health(rollout: RolloutParts):
+    async def ask_on() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            while True:
+                (await client.get(f"{rollout.urls[0]}/health_generate")).raise_for_status()
+
+    asking = [asyncio.create_task(ask_on()) for _ in range(8)]
+    trainer = StubTrainer(str(rollout.models[1]))
+    for _ in range(10):
+        await asyncio.to_thread(trainer.push_weights, rollout.urls[:1], 1)
+    assert not any(task.done() for task in asking)
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    assert logprob_gap(rollout.models[1], [as_sample(ask(rollout.urls[0]))]) < 1e-4
+
+
 async def test_servers_of_others_get_the_weights_as_files_and_answer_with_them(
     rollout: RolloutParts, engines: list[Engine], tmp_path: Path
 ):
@@ -282,7 +305,12 @@ async def test_weights_that_somebody_else_loaded_answer_no_request(
         attached(rollout, engines, tmp_path, health_every_s=1.0) as (fleet, others, client),
         fleet.serving(1),
     ):
-        body = {"model_path": str(rollout.models[0]), "weight_version": "7"}
+        # A flush would end the server if it came while a health check is on its way.
+        body = {
+            "model_path": str(rollout.models[0]),
+            "weight_version": "7",
+            "flush_cache": False,
+        }
         async with httpx.AsyncClient(base_url=engines[0].behind, timeout=60) as theirs:
             answer = await theirs.post("/update_weights_from_disk", json=body)
             assert answer.raise_for_status().json()["success"]
