@@ -43,7 +43,7 @@ parity: $(INSTALLED)    ## Compare every parallel layout with transformers, in e
 reference: $(INSTALLED) ## Write the reference pages of all settings
 	@$(BIN)/rollflow config reference
 
-trajectories: $(INSTALLED)      ## Train 50 steps of every recipe; do rewards rise (30 minutes)
+trajectories: $(INSTALLED)      ## Train 50 steps of every recipe; do rewards rise (an hour)
 	@$(BIN)/python -m tests.trajectories.run
 
 trl: $(TRL)/.installed  ## Compare losses and advantages with TRL's and transformers' own functions
