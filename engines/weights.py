@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .weights_on_gpu import GpuTally
 
 BUCKET_BYTES = 512 << 20
+BUSY = 400
+"""What SGLang answers to a flush while it is not at rest."""
 FLUSH_TIMEOUT_S, FLUSH_AGAIN_S = 60.0, 0.01
 """Seconds that a server may take to come to rest under new weights, and between two tries."""
 
@@ -257,17 +259,18 @@ def flush(client: httpx.Client) -> None:
     The flush that comes with an update does not wait: a health check on its way ends the server.
 
     Raises:
-        WeightMismatchError: it is not at rest in time.
+        WeightMismatchError: it is not at rest in time, or answers with another error.
         httpx.TransportError: it does not answer.
     """
     begun = time.monotonic()
-    while (answer := client.post("/flush_cache", params={"timeout": 1})).is_error:
+    while (answer := client.post("/flush_cache", params={"timeout": 1})).status_code == BUSY:
         if time.monotonic() - begun > FLUSH_TIMEOUT_S:
             raise WeightMismatchError(
                 f"server {client.base_url} still works on requests {FLUSH_TIMEOUT_S:.0f} s after it "
                 f"was given new weights: {answer.text[:300]}"
             )
         time.sleep(FLUSH_AGAIN_S)
+    _ok(answer)
 
 
 def _ok(response: httpx.Response) -> httpx.Response:

@@ -41,10 +41,10 @@ async def submit(flow: str, config: RunConfig, at: datetime | None = None) -> Su
     """
     parameters = {"config": config.model_dump(mode="json")}
     for before in await flow_runs(config.name):
-        if before.state and before.state.type not in ENDED and before.name == config.name:
+        if before.state and before.state.type not in ENDED:
             raise ValueError(
                 f"name = {config.name!r}: flow run {before.id} of it is {before.state.type.value.lower()}; "
-                "choose another name, or end that one by `rollflow cancel`"
+                "choose another name, or `rollflow resume` or `rollflow cancel` that one"
             )
     when = at.astimezone(UTC) if at else datetime.now(UTC)
     deployment = await _deployment(flow)
