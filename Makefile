@@ -13,6 +13,9 @@ TRACKERS := .trackers
 DEPLOY := .deploy
 UI := .ui
 
+# An image that forbids bytecode makes every process compile torch, Megatron and SGLang anew: three times as long
+export PYTHONDONTWRITEBYTECODE :=
+
 help:                   ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
 
