@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ ORDER = "order"
 """Name of the actor that hands out calls to several actors at once."""
 OBJECT_STORE_BYTES = 128 << 20
 """Batches travel through the run's store, so Ray's own object store can be small."""
+REACH_S = 10.0
+"""How long the head of a Ray that runs already may take to accept a connection."""
 CULPRIT_S = 3.0
 """After one actor failed: how long others may take to fail too, so that the first cause is named."""
 
@@ -68,6 +71,7 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     if config.address != "local":
         if config.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
             _stay_on_loopback()  # else Ray takes such an address for that of another interface
+        _reach(config.address)
         ray.init(
             address=config.address,
             namespace=namespace,
@@ -103,6 +107,24 @@ def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
         _system_config={"worker_niceness": 0},  # by default anything else starves the engines
         runtime_env=_environment(),
     )
+
+
+def _reach(address: str) -> None:
+    """Find out at once what Ray would say after minutes.
+
+    Raises:
+        RuntimeError: nobody listens at ``host:port``.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdecimal():  # "auto", and addresses with a scheme: Ray knows them
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"cluster.address = {address!r}: no Ray listens there ({error}); start one by `ray start "
+            '--head`, or leave the setting at "local" for a private Ray'
+        ) from error
 
 
 def _stay_on_loopback() -> None:

@@ -1,8 +1,10 @@
 """Flow runs on the Prefect server: started from a deployment, found by the run's name, acted upon."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
 from uuid import UUID
 
@@ -85,7 +87,7 @@ async def schedule(flow: str, parameters: Mapping[str, Any], cron: str, name: st
         schedule=by_the_clock,
         active=True,
         parameters=dict(parameters),
-        slug=name.lower().replace(".", "-").replace("_", "-"),
+        slug=slug(name),
     )
     async with get_client() as client:
         standing = await client.read_deployment_schedules(deployment)
@@ -94,6 +96,12 @@ async def schedule(flow: str, parameters: Mapping[str, Any], cron: str, name: st
                 await client.delete_deployment_schedule(deployment, old.id)
         [made] = await client.create_deployment_schedules(deployment, [create])
     return Submitted(name, str(made.id), f"by {cron!r} UTC")
+
+
+def slug(name: str) -> str:
+    """A schedule's name in Prefect's small letters, digits and hyphens; a digest tells others apart."""
+    plain = re.sub("[^a-z0-9]+", "-", name.lower())
+    return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
 async def suspend(run: str) -> FlowRun:

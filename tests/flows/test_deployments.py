@@ -10,6 +10,7 @@ from rollflow.flows.automations import automations
 from rollflow.flows.config import RunConfig
 from rollflow.flows.deployments import BESIDE, ENGINES, Placement, deployments, registered
 from rollflow.flows.prefect_yaml import as_yaml
+from rollflow.flows.remote import slug
 
 ROOT = Path(__file__).parents[2]
 FOUND = {d.full_name: d for d in deployments()}
@@ -73,6 +74,13 @@ def test_prefect_yaml_is_what_the_command_writes():
     assert (ROOT / "deploy/prefect.yaml").read_text() == as_yaml(), (
         "rollflow deploy --yaml > deploy/prefect.yaml"
     )
+
+
+def test_schedules_of_runs_with_like_names_are_told_apart():
+    names = ["nightly", "a-b", "a.b", "a_b", "A-b"]
+    assert slug("nightly") == "nightly"
+    assert len({slug(name) for name in names}) == len(names)
+    assert all(set(slug(name)) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
 
 
 def test_automations_watch_our_flow_runs_and_pass_the_event_on_by_its_types():
