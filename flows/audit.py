@@ -8,8 +8,6 @@ from rollflow.storage.config import StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import open_run
 
-from .replay import recompute
-
 
 def audit_stored(url: str, name: str, console: Console) -> int:
     """Verify everything that the store holds of a run; print and count what is wrong."""
@@ -27,6 +25,8 @@ def audit_stored(url: str, name: str, console: Console) -> int:
 
 async def recompute_stored(url: str, name: str, console: Console) -> int:
     """Train the run again from its log; print and count the weights that came out different."""
+    from .replay import recompute  # engines and Prefect, which the command without it never needs
+
     differences = (await recompute(StoreConfig(url=url), name)).differences
     for difference in differences:
         console.print(Text(f"  different: {difference}", style="red"))

@@ -82,6 +82,7 @@ def run_server(arguments: dict[str, Any]) -> None:
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
         os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", rendezvous)
+    _leave_out("megatron")  # SGLang's debugger looks whether it is there
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
@@ -94,10 +95,16 @@ def run_server(arguments: dict[str, Any]) -> None:
 
 def run_router(arguments: dict[str, Any]) -> None:
     """Run one sglang-router. ``arguments``: fields of its RouterArgs."""
+    _leave_out("sglang")  # a balancer that is not used here would import it, and PyTorch with it
     from sglang_router.launch_router import launch_router
     from sglang_router.router_args import RouterArgs
 
     launch_router(RouterArgs(**arguments))  # pyright: ignore[reportArgumentType]
+
+
+def _leave_out(package: str) -> None:
+    """Make imports of an optional package fail: what nobody uses costs seconds and memory at each start."""
+    sys.modules[package] = None  # pyright: ignore[reportArgumentType]
 
 
 def _read_line() -> bytes:
