@@ -1,10 +1,27 @@
-"""A server of somebody else, in front of a real one, that misbehaves when it is told to."""
+"""A server of somebody else, in front of a real one, that misbehaves when it is told to; and a fleet
+that uses such servers."""
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
+from rollout_parts import RolloutParts, sample_of
+
+from rollflow.engines.config import ModelConfig
+from rollflow.engines.published import place_of, publish_files
+from rollflow.engines.rollout.client import GenerateClient
+from rollflow.engines.rollout.config import RolloutConfig
+from rollflow.engines.rollout.config_servers import ExternalConfig
+from rollflow.engines.rollout.external import Externals
+from rollflow.engines.rollout.fleet import Fleet
+from rollflow.storage.refs import RunRef
+from rollflow.storage.samples import Sample
 
 HELD = {"Content-Length", "Transfer-Encoding", "Host", "Connection"}
 
@@ -85,3 +102,60 @@ class Engine:
                 status=answer.status,
                 content_type=answer.content_type,
             )
+
+
+@asynccontextmanager
+async def attached(
+    rollout: RolloutParts, engines: list[Engine], folder: Path, **settings: Any
+) -> AsyncIterator[tuple[Fleet, Externals, GenerateClient]]:
+    """A fleet without a server of its own, whose trainer has the second model's weights."""
+    config = RolloutConfig(
+        servers=0,
+        external=ExternalConfig(
+            urls=[e.url for e in engines],
+            weights=str(folder / "weights"),
+            **{"health_every_s": 0.1, "slow_s": 5.0, "timeout_s": 30.0, **settings},
+        ),
+        reward="rollout_parts:length",
+    )
+    run = RunRef("elsewhere", str(folder / "run"))
+    model = ModelConfig(path=str(rollout.models[0]))
+    fleet = Fleet(model, config, {}, {}, "cpu", folder / "logs", run=run)
+    place = place_of(str(folder / "weights"), run)
+
+    async def publish(version: int) -> None:
+        await asyncio.to_thread(publish_files, place, version, rollout.models[1], "float32")
+
+    assert fleet.external
+    fleet.external.publish = publish
+    client = GenerateClient(
+        fleet.router.url, timeout_s=60, max_retries=4, wait_ready=fleet.wait_ready,
+        abort=fleet.abort, weights=fleet, give_up_s=0.5,
+    )  # fmt: skip
+    fleet.recall = client.recall
+    try:
+        await fleet.start()
+        yield fleet, fleet.external, client
+    finally:
+        await client.close()
+        await fleet.stop()
+    assert not Path(place).exists()
+
+
+async def answers(client: GenerateClient, n: int, tokens: int) -> list[Sample]:
+    """``n`` samples of one prompt, each of so many tokens, all by version 1."""
+    sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
+    prompt = [4, 5, 12, 4, 6, 13]
+    done = await asyncio.gather(*(client.generate(prompt, sampling, seed) for seed in range(n)))
+    assert [len(c.token_ids) for c in done] == [tokens] * n
+    assert {v for c in done for v in c.policy_versions} == {1}
+    return [
+        replace(sample_of(c.token_ids, c.logprobs), index=i, finish_reason="length")
+        for i, c in enumerate(done)
+    ]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.02)

@@ -1,6 +1,8 @@
 """What the tests and the actors under test share; both import this module by its bare name."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rollflow.engines.weights import flush
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
-from rollflow.storage.samples import Prompt, Sample
+from rollflow.storage.samples import Prompt, Sample, Status
 
 VICTIM = "ROLLFLOW_TEST_VICTIM"
 """Environment variable: a file that holds the pid of a server which is to be killed."""
@@ -141,3 +143,81 @@ class RolloutParts:
 
     def call(self, method: str, *args: object) -> Any:
         return ray.get(getattr(self.manager, method).remote(*args), timeout=240)
+
+
+def logprob_gap(folder: Path, samples: list[Sample]) -> float:
+    """Largest difference to the log-probabilities that transformers gives with these weights."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gaps: list[float] = []
+    for sample in samples:
+        tokens = torch.tensor([sample.prompt_ids + sample.response_ids])
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(tokens).logits[0], dim=-1)
+        start = len(sample.prompt_ids)
+        expected_R = logprobs_TV[start - 1 : -1].gather(1, tokens[0, start:, None])[:, 0]
+        gaps.append((expected_R - torch.tensor(sample.rollout_logprobs)).abs().max().item())
+    return max(gaps)
+
+
+def ask(url: str, seed: int = 0) -> dict[str, Any]:
+    """What a server answers to one request for 16 tokens."""
+    sampling = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
+    body = {
+        "input_ids": [4, 5, 12, 4, 6, 13],
+        "sampling_params": {**sampling, "sampling_seed": seed},
+        "return_logprob": True,
+    }
+    return httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()
+
+
+def as_sample(answer: dict[str, Any]) -> Sample:
+    logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+    return sample_of(answer["output_ids"], logprobs)
+
+
+def sample_of(ids: list[int], logprobs: list[float]) -> Sample:
+    n = len(ids)
+    return Sample(
+        run="run", step=0, group_id="g", index=0, prompt_id="p", source_row=0, episode_id="e",
+        prompt_text="", response_text="", prompt_ids=[4, 5, 12, 4, 6, 13], response_ids=ids,
+        loss_mask=[True] * n, rollout_logprobs=logprobs, policy_versions=[0] * n,
+        status=Status.COMPLETED, finish_reason="length",
+    )  # fmt: skip
+
+
+def session_of(leader: int) -> set[int]:
+    """The processes that one process started, and theirs."""
+    found: set[int] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            if os.getsid(process.pid) == leader:
+                found.add(process.pid)
+    return found
+
+
+def reward_model(folder: Path, policy: Path) -> Callable[[str], float]:
+    """A random reward model with the policy's tokenizer, kept in ``folder``.
+
+    SGLang's head has a bias, which transformers' has not: where a file lacks it, it is random.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+
+    torch.manual_seed(7)
+    config = Qwen3Config.from_pretrained(policy, num_labels=1)
+    model = Qwen3ForSequenceClassification(config).float().eval()
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "score.bias": torch.tensor([0.25])}, folder / "model.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.save_pretrained(folder)
+
+    def score(text: str) -> float:
+        with torch.no_grad():
+            return model(torch.tensor([tokenizer.encode(text)])).logits.item() + 0.25
+
+    return score

@@ -1,35 +1,40 @@
 """The rollout engine with real servers, router and store. The tests share one engine, in order."""
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 import ray
-import torch
-from external_parts import Engine
+from external_parts import Engine, answers, attached, until
 from ray.exceptions import RayError
-from rollout_parts import Caller, Listener, RolloutParts, StubTrainer
+from rollout_parts import (
+    Caller,
+    Listener,
+    RolloutParts,
+    StubTrainer,
+    as_sample,
+    ask,
+    logprob_gap,
+    reward_model,
+    sample_of,
+    session_of,
+)
 
 from rollflow.engines import cluster
 from rollflow.engines.config import ModelConfig
-from rollflow.engines.published import place_of, publish_files
 from rollflow.engines.rewards import remote
 from rollflow.engines.rollout.client import GenerateClient, Scope, requests_of
 from rollflow.engines.rollout.config import RolloutConfig
-from rollflow.engines.rollout.config_servers import ExternalConfig, JudgeConfig
-from rollflow.engines.rollout.external import Externals
+from rollflow.engines.rollout.config_servers import JudgeConfig
 from rollflow.engines.rollout.fleet import Fleet
 from rollflow.engines.rollout.frozen import Frozen
 from rollflow.engines.rollout.grader import Grader
@@ -37,58 +42,7 @@ from rollflow.engines.rollout.router import Router
 from rollflow.engines.rollout.server import ServerError, ServerInfo
 from rollflow.engines.rollout.slot import Slot
 from rollflow.storage.manifests import read_batch
-from rollflow.storage.refs import RunRef
-from rollflow.storage.samples import Sample, Status
-
-
-def logprob_gap(folder: Path, samples: list[Sample]) -> float:
-    """Largest difference to the log-probabilities that transformers gives with these weights."""
-    from transformers import Qwen3ForCausalLM
-
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    gaps: list[float] = []
-    for sample in samples:
-        tokens = torch.tensor([sample.prompt_ids + sample.response_ids])
-        with torch.no_grad():
-            logprobs_TV = torch.log_softmax(model(tokens).logits[0], dim=-1)
-        start = len(sample.prompt_ids)
-        expected_R = logprobs_TV[start - 1 : -1].gather(1, tokens[0, start:, None])[:, 0]
-        gaps.append((expected_R - torch.tensor(sample.rollout_logprobs)).abs().max().item())
-    return max(gaps)
-
-
-def ask(url: str, seed: int = 0) -> dict[str, Any]:
-    sampling = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
-    body = {
-        "input_ids": [4, 5, 12, 4, 6, 13],
-        "sampling_params": {**sampling, "sampling_seed": seed},
-        "return_logprob": True,
-    }
-    return httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()
-
-
-def as_sample(answer: dict[str, Any]) -> Sample:
-    logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-    return sample_of(answer["output_ids"], logprobs)
-
-
-def sample_of(ids: list[int], logprobs: list[float]) -> Sample:
-    n = len(ids)
-    return Sample(
-        run="run", step=0, group_id="g", index=0, prompt_id="p", source_row=0, episode_id="e",
-        prompt_text="", response_text="", prompt_ids=[4, 5, 12, 4, 6, 13], response_ids=ids,
-        loss_mask=[True] * n, rollout_logprobs=logprobs, policy_versions=[0] * n,
-        status=Status.COMPLETED, finish_reason="length",
-    )  # fmt: skip
-
-
-def session_of(leader: int) -> set[int]:
-    found: set[int] = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            if os.getsid(process.pid) == leader:
-                found.add(process.pid)
-    return found
+from rollflow.storage.samples import Status
 
 
 def test_a_step_is_generated_scored_and_committed(rollout: RolloutParts):
@@ -185,62 +139,6 @@ async def engines(rollout: RolloutParts) -> AsyncIterator[list[Engine]]:
     yield found
     for engine in found:
         await engine.stop()
-
-
-@asynccontextmanager
-async def attached(
-    rollout: RolloutParts, engines: list[Engine], folder: Path, **settings: Any
-) -> AsyncIterator[tuple[Fleet, Externals, GenerateClient]]:
-    """A fleet without a server of its own, whose trainer has the second model's weights."""
-    config = RolloutConfig(
-        servers=0,
-        external=ExternalConfig(
-            urls=[e.url for e in engines],
-            weights=str(folder / "weights"),
-            **{"health_every_s": 0.1, "slow_s": 5.0, "timeout_s": 30.0, **settings},
-        ),
-        reward="rollout_parts:length",
-    )
-    run = RunRef("elsewhere", str(folder / "run"))
-    model = ModelConfig(path=str(rollout.models[0]))
-    fleet = Fleet(model, config, {}, {}, "cpu", folder / "logs", run=run)
-    place = place_of(str(folder / "weights"), run)
-
-    async def publish(version: int) -> None:
-        await asyncio.to_thread(publish_files, place, version, rollout.models[1], "float32")
-
-    assert fleet.external
-    fleet.external.publish = publish
-    client = GenerateClient(
-        fleet.router.url, timeout_s=60, max_retries=4, wait_ready=fleet.wait_ready,
-        abort=fleet.abort, weights=fleet, give_up_s=0.5,
-    )  # fmt: skip
-    fleet.recall = client.recall
-    try:
-        await fleet.start()
-        yield fleet, fleet.external, client
-    finally:
-        await client.close()
-        await fleet.stop()
-    assert not Path(place).exists()
-
-
-async def answers(client: GenerateClient, n: int, tokens: int) -> list[Sample]:
-    sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
-    prompt = [4, 5, 12, 4, 6, 13]
-    done = await asyncio.gather(*(client.generate(prompt, sampling, seed) for seed in range(n)))
-    assert [len(c.token_ids) for c in done] == [tokens] * n
-    assert {v for c in done for v in c.policy_versions} == {1}
-    return [
-        replace(sample_of(c.token_ids, c.logprobs), index=i, finish_reason="length")
-        for i, c in enumerate(done)
-    ]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_server_takes_new_weights_while_it_is_asked_for_its_health(rollout: RolloutParts):
@@ -451,30 +349,6 @@ async def test_requests_of_a_group_go_to_one_server_as_long_as_it_is_up(
     finally:
         await client.close()
         await router.stop()
-
-
-def reward_model(folder: Path, policy: Path) -> Any:
-    """A random reward model with the policy's tokenizer, kept in ``folder``.
-
-    SGLang's head has a bias, which transformers' has not: where a file lacks it, it is random.
-    """
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
-
-    torch.manual_seed(7)
-    config = Qwen3Config.from_pretrained(policy, num_labels=1)
-    model = Qwen3ForSequenceClassification(config).float().eval()
-    model.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "score.bias": torch.tensor([0.25])}, folder / "model.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    tokenizer.save_pretrained(folder)
-
-    def score(text: str) -> float:
-        with torch.no_grad():
-            return model(torch.tensor([tokenizer.encode(text)])).logits.item() + 0.25
-
-    return score
 
 
 async def test_a_judge_served_by_sglang_is_reached_by_both_kinds_of_rewards(
