@@ -52,7 +52,7 @@ def main() -> int:
                         _keep({**kept, **found}, course)
         finally:
             down(Path(folder))
-    console.print(_table(found, kept))
+    console.print(_table(found, golden(course)))
     for line in wrong:
         console.print(line, style="red", highlight=False)
     return 1 if wrong else 0

@@ -51,7 +51,7 @@ class Course:
         return HERE / "weights" / self.name / "teacher"
 
 
-FEW = Course("few_steps", prompts=16, steps=3)
+FEW = Course("few_steps", prompts=8, steps=3)
 """What the suite takes: a small model, few samples."""
 MANY = Course("many_steps", prompts=32, steps=50, words=("--lr", "5e-5"))
 """What learns: the demo's model. Batches are half of the recipes', which want a smaller rate."""
