@@ -62,6 +62,17 @@ def places_of(parameters: Mapping[str, Tensor], metadata: Sequence[Any]) -> Plac
     return places if whole else None
 
 
+def padding_of(parameters: Mapping[str, Tensor], metadata: Sequence[Any]) -> Places:
+    """The bytes of the rows that SGLang pads the vocabularies in a bucket with. They must be zero, and
+    hold anything where weights are random or a server has slept."""
+    sizes = {server_name(meta.name)[0]: meta.end_idx - meta.start_idx for meta in metadata}
+    return [
+        parameters[name].detach().flatten().view(torch.uint8)[size:]
+        for name, size in sizes.items()
+        if name.endswith(PADDED_VOCABULARY) and size < parameters[name].nbytes
+    ]
+
+
 def copy_into(places: Places, bucket_B: Tensor) -> None:
     """Fill the places, which follow each other in the bucket, in the widest words that all have."""
     sizes = [len(target) for target in places]
@@ -74,19 +85,23 @@ def copy_into(places: Places, bucket_B: Tensor) -> None:
 
 
 def _loading(load: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
-    known: dict[tuple[str, ...], Places | None] = {}
+    known: dict[tuple[str, ...], tuple[Places, Places] | None] = {}
+    """By the names in a bucket: where its tensors go, and the padding behind them."""
 
     def load_bucket(self: Any, flattened_tensor_bucket_dict: Mapping[str, Any]) -> tuple[bool, str]:
         bucket_B = flattened_tensor_bucket_dict["flattened_tensor"]
         metadata = flattened_tensor_bucket_dict["metadata"]
         names = tuple(meta.name for meta in metadata)
         if names not in known:
-            known[names] = places_of(dict(self.get_model().named_parameters()), metadata)
-        places = known[names]
-        if places is None:
+            parameters = dict(self.get_model().named_parameters())
+            places = places_of(parameters, metadata)
+            known[names] = None if places is None else (places, padding_of(parameters, metadata))
+        if (found := known[names]) is None:
             return load(self, flattened_tensor_bucket_dict=flattened_tensor_bucket_dict)
         with torch.no_grad():
-            copy_into(places, bucket_B)
+            copy_into(found[0], bucket_B)
+            for rows_B in found[1]:
+                rows_B.zero_()
         if bucket_B.is_cuda:
             torch.cuda.current_stream().synchronize()  # the bucket's owner takes it back
         return True, "Success"

@@ -111,6 +111,8 @@ def test_what_does_not_fill_the_parameters_is_left_to_sglang(spoil):
 
 def test_a_bucket_is_loaded_by_one_copy_or_by_sglang():
     parameters, named = model_and_bucket()
+    for parameter in parameters.values():
+        parameter.fill_(torch.nan)  # random weights, and memory that was given back meanwhile
     left = []
     load = server_weights._loading(lambda self, **bucket: left.append(bucket) or (True, "theirs"))
     model = SimpleNamespace(named_parameters=parameters.items)
@@ -119,6 +121,9 @@ def test_a_bucket_is_loaded_by_one_copy_or_by_sglang():
         content = {"flattened_tensor": flat(tensors), "metadata": bucket_layout(tensors)[0]}
         assert load(updater, flattened_tensor_bucket_dict=content)[0]
     assert torch.equal(parameters["model.norm.weight"], named[4][1])
+    embedding = parameters["model.embed_tokens.weight"]
+    assert torch.equal(embedding[:6], named[0][1])
+    assert torch.equal(embedding[6:], torch.zeros(2, 4))
     assert len(left) == 1
 
 
