@@ -200,8 +200,7 @@ def load(url: str, path: str, published: Published, timeout_s: float) -> None:
                 f"server {url} did not load {path!r}: {answer.text[:300]}; the folder must be "
                 "readable there under that name"
             )
-        weights.flush(client)
-        weights.verify(client, published.checksums, published.label)
+        weights.settle(client, published.checksums, published.label)
 
 
 def _weights_of(model: Path, dtype: str) -> Iterator[Named]:

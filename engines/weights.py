@@ -131,7 +131,7 @@ def push(
                     each(post, version if is_last else None, count_it)
         with _added_to(parts, "verify"):
             checksums = tally.server_checksums()
-            each(lambda client, version: verify(client, checksums, version), version)
+            each(lambda client, version: settle(client, checksums, version), version)
     if publication is not None:
         publication.finish(tally.digest(), checksums)
     return PushResult(
@@ -154,6 +154,15 @@ def _added_to(parts: dict[str, float], name: str) -> Iterator[None]:
         parts[name] += time.perf_counter() - started
 
 
+def settle(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
+    """:func:`flush` and :func:`verify` at once: nothing is generated before both are done."""
+    with ThreadPoolExecutor(2) as beside:
+        others = [beside.submit(flush, client), beside.submit(_called, client, version)]
+        _holds(client, checksums, version)
+        for other in others:
+            other.result()
+
+
 def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
     """The server holds exactly the weights of ``checksums`` and calls them ``version``.
 
@@ -161,6 +170,11 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | st
         WeightMismatchError: it does not, or answers with an error.
         httpx.TransportError: it does not answer.
     """
+    _holds(client, checksums, version)
+    _called(client, version)
+
+
+def _holds(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
     answer = _ok(client.post("/weights_checker", json={"action": "checksum"})).json()
     for rank in answer["ranks"]:
         found = rank["checksums"]
@@ -171,6 +185,9 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | st
                 f"it: {len(wrong)} of {len(checksums)} parameters differ, first {wrong[0]} "
                 f"(checksum {found.get(wrong[0])}, pushed {checksums.get(wrong[0])})"
             )
+
+
+def _called(client: httpx.Client, version: int | str) -> None:
     told = _ok(client.get("/model_info")).json().get("weight_version")
     if told != str(version):
         raise WeightMismatchError(
@@ -249,8 +266,6 @@ def post_tensors(payload: str, client: httpx.Client, version: int | None) -> Non
     if version is not None:
         body["weight_version"] = str(version)
     _ok(client.post("/update_weights_from_tensor", json=body))
-    if version is not None:
-        flush(client)
 
 
 def flush(client: httpx.Client) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .checksums import PADDED, Named, bytes_of, padded
-from .gpu.server_sums import checksums, words_of
+from .gpu.server_sums import checksums, of_words, words_of
 from .server_names import EXPERT, FUSED, server_name
 from .weights import Post, bucket_layout, post_tensors
 
@@ -122,12 +122,11 @@ def word_sum(tensor: Tensor) -> int:
 
 def word_sums(tensors: Sequence[Tensor]) -> list[int]:
     """:func:`word_sum` of each, all of them on one device."""
-    words = [words_of(tensor) for tensor in tensors]
-    if words and words[0].is_cuda:
+    if tensors and tensors[0].is_cuda:
         from .gpu.sums_kernel import sum_words
 
-        return sum_words(words, KEY_STEP, KEY_MIX).tolist()
-    return [int(_sum_words(w)) for w in words]
+        return sum_words([of_words(t) for t in tensors], KEY_STEP, KEY_MIX).tolist()
+    return [int(_sum_words(words_of(t))) for t in tensors]
 
 
 def _sum_words(words_W: Tensor) -> Tensor:

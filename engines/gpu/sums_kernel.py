@@ -19,7 +19,7 @@ PARTS = 256
 
 
 def sum_words(words: Sequence[Tensor], step: int, mix: int) -> Tensor:
-    """``word_sum`` of each tensor of 32-bit words, int64 [n]."""
+    """``word_sum`` of each tensor, whose memory is 32-bit words in order, int64 [n]."""
     table, totals = _prepared(words)
     kernel: Any = _sum
     kernel[(len(words), PARTS)](table, totals, step, mix, BLOCK, PARTS, num_warps=4)
@@ -27,7 +27,7 @@ def sum_words(words: Sequence[Tensor], step: int, mix: int) -> Tensor:
 
 
 def hash_words(words: Sequence[Tensor], seeds: tuple[int, int], tile: int) -> Tensor:
-    """``hash_of_words`` of each tensor of 32-bit words, before its last mixing, int64 [n]."""
+    """``hash_of_words`` of each such tensor, before its last mixing, int64 [n]."""
     table, totals = _prepared(words)
     kernel: Any = _hash
     kernel[(len(words), PARTS)](table, totals, *seeds, tile, BLOCK, PARTS, num_warps=4)
@@ -35,9 +35,9 @@ def hash_words(words: Sequence[Tensor], seeds: tuple[int, int], tile: int) -> Te
 
 
 def _prepared(words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(address and count of each tensor, a zero for each)."""
+    """(address of each tensor and its number of words, a zero for each)."""
     device = words[0].device
-    rows = [(tensor.data_ptr(), len(tensor)) for tensor in words]
+    rows = [(tensor.data_ptr(), tensor.nbytes // 4) for tensor in words]
     return (
         torch.tensor(rows, dtype=torch.int64, device=device),
         torch.zeros(len(words), dtype=torch.int64, device=device),
