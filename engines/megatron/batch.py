@@ -176,7 +176,7 @@ def make_micro_batches(
     weights = sample_weights(
         [len(r.trained_m) for r in rows],
         config.reduction,
-        [r.episode_id for r in rows],
+        [(r.group_id, r.episode_id) for r in rows],  # the same name elsewhere is another episode
         config.constant_tokens if isinstance(config, PolicyConfig) else 0,
     )
     plan = plan_micro_batches([len(r.tokens_t) for r in rows], ranks, max_tokens, cost)
@@ -192,15 +192,20 @@ def make_micro_batches(
 def _row(sample: Sample, outcome: float, version: int, teacher: bool) -> Row:
     tokens = _tensor("q", sample.prompt_ids + sample.response_ids)
     first = len(sample.prompt_ids)
-    response_m = _tensor("b", sample.loss_mask).nonzero().flatten()
-    if first == 0:
-        response_m = response_m[response_m > 0]
-    place_m = response_m + first
+    if first and all(sample.loss_mask):  # most samples: slices take a fourth of the time
+        place_m, response_m = slice(first, None), slice(None)
+        trained_m = torch.arange(first - 1, len(tokens) - 1)
+    else:
+        response_m = _tensor("b", sample.loss_mask).nonzero().flatten()
+        if first == 0:
+            response_m = response_m[response_m > 0]
+        place_m = response_m + first
+        trained_m = place_m - 1
     return Row(
         group_id=sample.group_id,
         episode_id=sample.episode_id,
         tokens_t=tokens[:-1],
-        trained_m=place_m - 1,
+        trained_m=trained_m,
         targets_m=tokens[place_m],
         rollout_logprobs_m=_tensor("f", sample.rollout_logprobs)[response_m],
         teacher_logprobs_m=_teacher_logprobs(sample)[response_m] if teacher else None,

@@ -24,13 +24,14 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.samples import Sample
 
-from . import memory, parallel
+from . import parallel
 from .checkpoint import Saving, load_checkpoint, save_checkpoint
 from .config import GatesConfig, TrainerConfig
 from .critic import Critic, build_critic
 from .determinism import require_determinism
 from .export import export_weights
 from .learner import Learner
+from .memory import Turns
 from .model import build_model
 from .optimizer import build_optimizer
 from .reference import Reference
@@ -45,6 +46,7 @@ class Rank:
 
     def __init__(self, learner: Learner, model: ModelConfig, shares_gpu: bool = False) -> None:
         self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
+        self._memory = Turns(shares_gpu=shares_gpu)
         self._counted: Tally | GpuTally | None = None
         """Checksums of the weights as they are, where they are on a GPU and known."""
         self._exported: list[Named] = []
@@ -125,7 +127,7 @@ class Rank:
     def train(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One batch; the metrics."""
         self._forget()
-        with memory.watched(shares_gpu=self._shares_gpu) as taken:
+        with self._memory.step() as taken:
             metrics = train_on(self._learner, samples, step)
         return metrics | taken
 
@@ -182,8 +184,7 @@ class Rank:
             bucket_bytes=BUCKET_BYTES if self._shares_gpu else weights.BUCKET_BYTES,
         )
         self._exported = []
-        if self._shares_gpu:
-            torch.cuda.empty_cache()  # the buckets' memory is the server's again
+        self._memory.pushed()
         return result
 
     def _forget(self) -> None:
