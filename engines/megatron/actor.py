@@ -72,6 +72,8 @@ class TrainerRank:
         self._master: Any = None
         self._live: Rank | None = None
         self._trained: tuple[tuple[int, str], TrainResult] | None = None
+        self._updated: tuple[tuple[int, str], dict[str, float]] | None = None
+        """Name of the batch trained on last, and its metrics."""
         self._version = 0
         self._restored_step = FIRST_WEIGHTS
         self._saving: Saving | None = None
@@ -116,7 +118,7 @@ class TrainerRank:
 
     def restore(self, checkpoint: CheckpointRef | None) -> int:
         """Go back to a checkpoint, or stay at the first weights; gives the next step."""
-        self._trained = None
+        self._trained = self._updated = None
         if checkpoint is None:
             self._version = 0
             self._restored_step = FIRST_WEIGHTS
@@ -137,9 +139,26 @@ class TrainerRank:
             ManifestError: the store does not hold what was committed.
             LeaseLostError: this rank belongs to a flow whose lease is over.
         """
+        self.update(batch)
+        assert self._updated is not None
+        name, metrics = self._updated
+        if self._trained is None or self._trained[0] != name:
+            started = time.perf_counter()
+            digest = self._rank_live.digest()
+            metrics = metrics | {"perf/digest_s": time.perf_counter() - started}
+            layout = self._layout()
+            result = TrainResult(metrics, digest, self._version, layout, self._restored_step)
+            self._trained = (name, result)
+        return self._trained[1]
+
+    def update(self, batch: BatchRef) -> None:
+        """:meth:`train` up to the last update: what is left for it is the digest of the weights.
+
+        Raises what :meth:`train` does.
+        """
         name = (batch.step, batch.digest)
-        if self._trained is not None and self._trained[0] == name:
-            return self._trained[1]
+        if self._updated is not None and self._updated[0] == name:
+            return
         if batch.step != self._version:
             raise ValueError(
                 f"batch of step {batch.step} for weights of version {self._version}; "
@@ -151,12 +170,7 @@ class TrainerRank:
         read_s = time.perf_counter() - started
         metrics = self._rank_live.train(samples, batch.step)
         self._version = batch.step + 1
-        started = time.perf_counter()
-        digest = self._rank_live.digest()
-        metrics |= {"perf/read_s": read_s, "perf/digest_s": time.perf_counter() - started}
-        result = TrainResult(metrics, digest, self._version, self._layout(), self._restored_step)
-        self._trained = (name, result)
-        return result
+        self._updated = (name, metrics | {"perf/read_s": read_s})
 
     def loss_of(self, samples: list[Sample]) -> dict[str, float]:
         """What labelled samples cost the weights as they are; see :mod:`.validation`."""

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,12 +12,14 @@ from typing import Any, Literal, Protocol, TypeVar
 import aiohttp
 import orjson
 
+from rollflow.engines.gpu.server_answers import OURS
 from rollflow.engines.hooks import Completion
-from rollflow.engines.published import version_of
 
+from .answers import RequestRefusedError, ServerFaultError, completion_of, joined
 from .config import SamplingConfig
-from .experts import ASKING, told_experts, went_on
+from .experts import ASKING
 from .single_turn import DEFAULT_NEW_TOKENS
+from .together import Together
 
 T = TypeVar("T")
 TRANSIENT = {408, 429}
@@ -30,10 +32,6 @@ ABORT_AGAIN_S = 0.05
 GIVE_UP_S = 15.0
 """Seconds after which a request that was told to stop is asked for anew, where servers may be silent
 that are not ours."""
-
-
-class RequestRefusedError(ValueError):
-    """The server will never accept this request, e.g. a prompt longer than the context."""
 
 
 class GenerationError(RuntimeError):
@@ -88,8 +86,8 @@ class GenerateClient:
     """Sends requests to the router.
 
     ``wait_ready`` returns once a server can answer; it is asked before a request is sent again, so
-    that a server's restart costs patience and not retries. One request per sample over kept
-    connections is the fastest way that was measured, and each sample keeps its own seed and retry.
+    that a server's restart costs patience and not retries. Each sample keeps its own seed and retry,
+    and has a request of its own but where :meth:`generate` is told otherwise.
     """
 
     def __init__(
@@ -116,7 +114,8 @@ class GenerateClient:
         self._open.set()
         self._calm.set()
         self._recall = asyncio.Lock()
-        self._posts: dict[str, asyncio.Task[dict[str, Any]]] = {}
+        self._together = Together(self._post)
+        self._posts: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._given_up: set[str] = set()
         self._stops = 0
         self._in_flight: set[str] = set()
@@ -132,12 +131,14 @@ class GenerateClient:
         seed: int,
         *,
         routed_experts: bool = False,
+        together: bool = False,
     ) -> Completion:
         """Continue ``input_ids``; HTTP and server faults are retried, with a bound.
 
         Where weights change meanwhile, the answer goes on under the new ones from its last token.
         ``sampling`` has SGLang's names. With ``routed_experts`` the answer has them, or is a fault.
-        Raises RequestRefusedError or GenerationError.
+        ``together``: it may go with others of its group in one request, for servers that draw
+        without seeds. Raises RequestRefusedError or GenerationError.
         """
         scope = _scope.get() or Scope()
         served = _served.get()
@@ -154,16 +155,18 @@ class GenerateClient:
                 "sampling_params": {**rest, "sampling_seed": seed},
                 "return_logprob": True,
             }
-            answer = await self._ask(body, scope, stops, routed_experts=routed_experts)
+            answer = await self._ask(
+                body, scope, stops, routed_experts=routed_experts, together=together
+            )
             if answer is None:
                 continue
-            done = _joined(done, answer)
+            done = joined(done, answer)
             if served is not None and answer.token_ids:
                 served.add(answer.policy_version)
             if answer.finish_reason != "abort" or scope.cut:
                 return done
             if len(done.token_ids) >= limit:
-                return _joined(done, Completion([], [], "length", done.policy_version))
+                return joined(done, Completion([], [], "length", done.policy_version))
 
     async def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
         """Log-probability (nats) of each response token under the servers' weights, at temperature 1.
@@ -184,7 +187,7 @@ class GenerateClient:
             if len(told) < len(response_ids) or any(
                 said not in (asked, 0) for said, asked in zip(told, response_ids, strict=True)
             ):
-                raise _ServerFaultError(f"log-probabilities of other tokens: {entries!r:.200}")
+                raise ServerFaultError(f"log-probabilities of other tokens: {entries!r:.200}")
             return [float(entry[0]) for entry in entries]
 
         return await self._tried(body, Scope(), read)
@@ -256,20 +259,27 @@ class GenerateClient:
             await self._calm.wait()
 
     async def _ask(
-        self, body: dict[str, Any], scope: Scope, stops: int, *, routed_experts: bool
+        self,
+        body: dict[str, Any],
+        scope: Scope,
+        stops: int,
+        *,
+        routed_experts: bool,
+        together: bool,
     ) -> Completion | None:
         """One request; None where it was given up."""
 
         def read(answer: dict[str, Any], seconds: float) -> Completion:
             asked = len(body["input_ids"]) if routed_experts else None
-            completion = _completion(answer, seconds, asked)
+            completion = completion_of(answer, seconds, asked)
             if completion.finish_reason == "abort" and stops == self._stops and not scope.cut:
                 reason = answer["meta_info"]["finish_reason"]
-                raise _ServerFaultError(f"aborted: {reason}")
+                raise ServerFaultError(f"aborted: {reason}")
             return completion
 
+        prefix = ASKING if routed_experts else OURS
         try:
-            return await self._tried(body, scope, read, ASKING if routed_experts else "rollflow-")
+            return await self._tried(body, scope, read, prefix, together=together)
         except _GivenUpError:
             return None
 
@@ -278,20 +288,26 @@ class GenerateClient:
         body: dict[str, Any],
         scope: Scope,
         read: Callable[[dict[str, Any], float], T],
-        prefix: str = "rollflow-",
+        prefix: str = OURS,
+        *,
+        together: bool = False,
     ) -> T:
         """Send a request until ``read`` accepts its answer, with a bound."""
         started = time.monotonic()
         for attempt in range(self._max_retries + 1):
-            request = f"{prefix}{next(self._numbers)}"
+            # A key leads to one server, even a dead one until the router forgets it.
+            headers = self._headers() if attempt == 0 else {}
+            # With a dot at its end none begins another: SGLang stops all that begin with what it is told.
+            name = f"{prefix}{next(self._numbers)}."
+            request, post = self._sent(
+                name, body, headers, scope if together and not attempt else None
+            )
             scope.requests.add(request)
             self._in_flight.add(request)
             try:
-                # A key leads to one server, even a dead one until the router forgets it.
-                headers = self._headers() if attempt == 0 else {}
-                answer = await self._answer(request, {**body, "rid": request}, headers)
+                answer = await self._answer(request, post)
                 return read(answer, time.monotonic() - started)
-            except (aiohttp.ClientError, TimeoutError, _ServerFaultError) as error:
+            except (aiohttp.ClientError, TimeoutError, ServerFaultError) as error:
                 if attempt == self._max_retries:
                     raise GenerationError(
                         f"{self._url}: {attempt + 1} attempts failed, last: {error!r}"
@@ -304,11 +320,20 @@ class GenerateClient:
             await self._may_send()
         raise AssertionError("unreachable")
 
-    async def _answer(
-        self, request: str, body: dict[str, Any], headers: dict[str, str]
-    ) -> dict[str, Any]:
+    def _sent(
+        self, name: str, body: dict[str, Any], headers: dict[str, str], group: Scope | None
+    ) -> tuple[str, asyncio.Future[dict[str, Any]]]:
+        """(id of the request, its answer to be); with others of its ``group`` where there is one."""
+        if group is None:
+            return name, asyncio.ensure_future(self._post({**body, "rid": name}, headers))
+        prefix = name.rpartition("-")[0]
+        sampling = {k: v for k, v in body["sampling_params"].items() if k != "sampling_seed"}
+        key = (id(group), prefix, orjson.dumps([sampling, headers]))
+        return self._together.add(key, name, body, headers)
+
+    async def _answer(self, request: str, post: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
         """The answer, if it is by weights that count; _GivenUpError once it is waited for no more."""
-        post = self._posts[request] = asyncio.ensure_future(self._post(body, headers))
+        self._posts[request] = post
         try:
             answer = await post
         except asyncio.CancelledError:
@@ -322,7 +347,7 @@ class GenerateClient:
         label = str(answer["meta_info"].get("weight_version"))
         if self._weights and not self._weights.accepts(label):
             await self._weights.look_again()
-            raise _ServerFaultError(f"an answer by other weights ({label!r}) than those served now")
+            raise ServerFaultError(f"an answer by other weights ({label!r}) than those served now")
         return answer
 
     def _headers(self) -> dict[str, str]:
@@ -333,19 +358,15 @@ class GenerateClient:
         key = episode if self._affinity == "episode" else episode.rpartition("#")[0]
         return {ROUTING_KEY: key}
 
-    async def _post(self, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+    async def _post(self, body: dict[str, Any], headers: Mapping[str, str]) -> Any:
         async with self._session.post(self._url, json=body, headers=headers) as response:
             if response.status >= 500 or response.status in TRANSIENT:
-                raise _ServerFaultError(f"status {response.status}: {await response.text()}")
+                raise ServerFaultError(f"status {response.status}: {await response.text()}")
             if response.status >= 400:
                 raise RequestRefusedError(
                     f"{self._url}: status {response.status}: {await response.text()}"
                 )
             return orjson.loads(await response.read())
-
-
-class _ServerFaultError(Exception):
-    """An answer that another attempt may better."""
 
 
 class _GivenUpError(Exception):
@@ -355,39 +376,3 @@ class _GivenUpError(Exception):
 def sampling_params(config: SamplingConfig) -> dict[str, Any]:
     """SGLang's sampling parameters, without the lists that are empty."""
     return {k: v for k, v in config.model_dump().items() if v != []}
-
-
-def _completion(answer: dict[str, Any], seconds: float, asked: int | None) -> Completion:
-    """``asked``: tokens of a request whose answer has routed experts."""
-    meta = answer["meta_info"]
-    version = version_of(meta["weight_version"])
-    experts = None
-    if asked is not None and answer["output_ids"]:
-        try:
-            experts = told_experts(meta, asked + len(answer["output_ids"]) - 1)
-        except ValueError as error:
-            raise _ServerFaultError(str(error)) from error
-    return Completion(
-        token_ids=answer["output_ids"],
-        logprobs=[entry[0] for entry in meta.get("output_token_logprobs") or []],
-        finish_reason=meta["finish_reason"]["type"],
-        policy_version=version,
-        cached_tokens=meta.get("cached_tokens", 0),
-        seconds=seconds,
-        policy_versions=[version] * len(answer["output_ids"]),
-        routed_experts=experts,
-    )
-
-
-def _joined(first: Completion, second: Completion) -> Completion:
-    """An answer and how it went on. Cached tokens are of the first request: later ones find ours."""
-    return Completion(
-        token_ids=[*first.token_ids, *second.token_ids],
-        logprobs=[*first.logprobs, *second.logprobs],
-        finish_reason=second.finish_reason,
-        policy_version=second.policy_version,
-        cached_tokens=first.cached_tokens if first.token_ids else second.cached_tokens,
-        seconds=first.seconds + second.seconds,
-        policy_versions=[*first.policy_versions, *second.policy_versions],
-        routed_experts=went_on(first.routed_experts, second.routed_experts),
-    )

@@ -105,6 +105,8 @@ class Collector:
         self._append: asyncio.Task[Part] | None = None
         self._last_generated = 0.0
         self._issued = 0
+        self._tally: Tally | None = None
+        """Counts over the members that there are now, once somebody has asked."""
         self.outcomes: list[Outcome] = []
         """Every group so far, in the order in which they were decided."""
         self.seconds = {"generate_s": 0.0, "score_s": 0.0, "write_s": 0.0}
@@ -174,10 +176,11 @@ class Collector:
     @property
     def tally(self) -> Tally:
         """Counts over the members."""
-        tally = Tally()
-        for outcome in self.members:
-            tally.add(outcome.samples)
-        return tally
+        if self._tally is None:
+            self._tally = Tally()
+            for outcome in self.members:
+                self._tally.add(outcome.samples)
+        return self._tally
 
     @property
     def errors(self) -> Counter[str]:
@@ -245,6 +248,7 @@ class Collector:
         elif not reason and self._filter is not None:
             reason = self._filter(samples)
         self.outcomes.append(Outcome(order, samples, reason))
+        self._tally = None
         if any(sample.response_ids or sample.status is not Status.ABORTED for sample in samples):
             self._unwritten.append(samples)
 
@@ -253,6 +257,7 @@ class Collector:
         members = self.members
         if not early:
             members = sorted(members, key=lambda outcome: outcome.order)
+        self._tally = None
         surplus = {outcome.group_id for outcome in members[target:]}
         self.outcomes = [
             replace(outcome, reason=SURPLUS) if outcome.group_id in surplus else outcome

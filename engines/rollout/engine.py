@@ -26,9 +26,12 @@ class RolloutEngine:
         client: GenerateClient | None,
         *,
         routed_experts: bool = False,
+        together: bool = False,
     ) -> None:
+        """``together``: requests of a group that come at the same moment go to a server as one."""
         self.tokenizer = tokenizer
         self._routed_experts = routed_experts
+        self._together = together
         self._data = data
         self._client = client
 
@@ -85,7 +88,11 @@ class RolloutEngine:
         if self._client is None:
             raise RuntimeError("rollout.servers = 0: there is no engine to generate with")
         return await self._client.generate(
-            input_ids, sampling, seed, routed_experts=self._routed_experts
+            input_ids,
+            sampling,
+            seed,
+            routed_experts=self._routed_experts,
+            together=self._together,
         )
 
 

@@ -25,8 +25,14 @@ from .config import RolloutConfig
 from .external import Externals
 from .router import Router
 from .server import POLL_S, ServerActor, ServerEndedError, ServerError, ServerInfo
-from .server_args import deterministic_arguments, gpus_per_server, shared_gpu_arguments
-from .slot import CUDA_GRAPH, KV_CACHE, WEIGHTS, Slot, send, sleep, wake
+from .server_args import (
+    deterministic_arguments,
+    draws_freely,
+    gpus_per_server,
+    shared_gpu_arguments,
+)
+from .slot import Slot, send
+from .turns import Turns
 
 LoadWeights = Callable[[str, int], Awaitable[object]]
 """Brings the weights of a version to the server at a URL. RayError where they are gone: the trainer
@@ -66,6 +72,8 @@ class Fleet:
         shared = shared_gpu_arguments() if shares_gpu else {}
         self._sglang = {**fixed, **shared, **sglang}
         tables = rollout.tables(self._sglang)
+        self.seeds_count = not all(draws_freely(table, device) for _, table in tables)
+        """Whether what is drawn depends on a request's seed, or may: of others' servers it is not known."""
         self._shares_gpu = shares_gpu
         self._device: Device = device
         self._log_dir = log_dir
@@ -79,6 +87,7 @@ class Fleet:
             router, log_dir, device, rollout.request_timeout_s, keyed=bool(rollout.affinity)
         )
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60))
+        self.turns = Turns(self._session, self._slots)
         self.load_weights: LoadWeights | None = None
         self.recall: Callable[[], Coroutine[Any, Any, None]] | None = None
         """Has requests that a server may still hold answered by others."""
@@ -89,6 +98,7 @@ class Fleet:
         if (others := rollout.external) and run:
             place = place_of(others.weights, run)
             self.external = Externals(others, model, place, self.router, self._make_up_for)
+            self.seeds_count = True
             self._spares = others.spares
 
     async def start(self) -> None:
@@ -181,19 +191,6 @@ class Fleet:
         ):
             await asyncio.sleep(POLL_S)
             self._check()
-
-    async def sleep(self) -> None:
-        """Give the GPU's memory back: weights, keys and values, graphs. What they held is lost.
-
-        Nothing may be in flight. ServerError names a server that does not come to rest.
-        """
-        tags = {WEIGHTS, KV_CACHE, CUDA_GRAPH}
-        await asyncio.gather(*(sleep(self._session, s, tags) for s in self._slots if s.info))
-
-    async def wake(self, *tags: str) -> None:
-        """Take the memory behind ``tags``, or all, back; weights have to be loaded then."""
-        wanted = set(tags) or {WEIGHTS, KV_CACHE, CUDA_GRAPH}
-        await asyncio.gather(*(wake(self._session, s, wanted) for s in self._slots if s.info))
 
     async def stop(self) -> None:
         """End everything that was started."""

@@ -35,10 +35,12 @@ if ON_CPU and __name__ == "__mp_main__":
     _routed_experts.install()
 elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import sampler as _sampler
+    from rollflow.engines.gpu import server_answers as _server_answers
     from rollflow.engines.gpu import server_weights as _server_weights
 
     _sampler.install()
     _server_weights.install()
+    _server_answers.install()
 
 
 def main() -> int:
@@ -74,10 +76,11 @@ def run_server(arguments: dict[str, Any]) -> None:
         seeded_sampling.install()
         routed_experts.install()
     else:
-        from rollflow.engines.gpu import sampler, server_weights
+        from rollflow.engines.gpu import sampler, server_answers, server_weights
 
         sampler.install()
         server_weights.install()
+        server_answers.install_telling()
     if not arguments.get("dist_init_addr"):
         # A rendezvous over TCP would listen on every interface; a file does not.
         rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"

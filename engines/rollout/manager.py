@@ -5,7 +5,6 @@ import gc
 import importlib.metadata
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -187,7 +186,7 @@ class RolloutManager:
         """
         if self._fleet is not None and self._client is not None:
             await self._client.hold()
-            await self._fleet.wake()
+            await self._fleet.turns.wake()
         return await self.targets()
 
     async def release(self, version: int) -> list[str]:
@@ -202,10 +201,12 @@ class RolloutManager:
 
         Nothing may be generated until :meth:`hold`, new weights and :meth:`release`.
         """
-        started = time.perf_counter()
+        return 0.0 if self._fleet is None else await self._fleet.turns.sleep()
+
+    async def wake(self) -> None:
+        """Take the GPU's memory back: the trainer needs little of it from here on."""
         if self._fleet is not None:
-            await self._fleet.sleep()
-        return time.perf_counter() - started
+            await self._fleet.turns.wake()
 
     async def evaluate(self, name: str, step: int, policy_version: int) -> BatchRef:
         """Answer and score every prompt of an evaluation dataset; kept under ``evals/{name}``.
@@ -300,6 +301,7 @@ class RolloutManager:
             rollout,
             hooks,
             routed_experts=bool(self._sglang.get(SWITCH)),
+            seeds_count=self._fleet is None or self._fleet.seeds_count,
         )
         for config in self._evals:
             dataset = eval_dataset(store, tokenizer, client, config, rollout)

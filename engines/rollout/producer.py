@@ -140,15 +140,14 @@ class Producer:
             }
             for reason in sorted(set(filtered)):
                 found[f"rollout/filtered/{reason.replace(' ', '_')}"] = float(reasons.count(reason))
-        ages = [
-            self.step - version
-            for outcome in collector.members
-            for sample in outcome.samples
-            for version in sample.policy_versions
+        # Sums and minima of each sample: a batch has too many tokens to go through one by one here.
+        tokens = [
+            s.policy_versions for o in collector.members for s in o.samples if s.policy_versions
         ]
-        if ages and max(ages) > 0:
-            found["rollout/staleness_max"] = float(max(ages))
-            found["rollout/staleness_mean"] = sum(ages) / len(ages)
+        if tokens and (oldest := min(map(min, tokens))) < self.step:
+            count = sum(map(len, tokens))
+            found["rollout/staleness_max"] = float(self.step - oldest)
+            found["rollout/staleness_mean"] = (self.step * count - sum(map(sum, tokens))) / count
         if waiting := len(self._p.buffer.state().kept):
             found["rollout/buffer_groups"] = float(waiting)
         return found

@@ -15,13 +15,15 @@ from rollflow.engines import cluster
 from rollflow.engines.config import ClusterConfig, ModelConfig
 from rollflow.engines.platform import detect
 
-from .client import GenerateClient
+from .client import GenerateClient, Scope, requests_of
 from .config import RolloutConfig
 from .fleet import Fleet
 
 GIB = 1 << 30
 TIMEOUT_S = 300.0
 WARM_UP_TOKENS = 32
+GROUP = 8
+"""Prompts that come as those of one group."""
 
 
 async def measure(
@@ -37,7 +39,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Random prompts of one length, answers of one length, from random weights in bfloat16.
 
-    ``raw``: one request with all prompts to the server itself. ``ours``: one request for each prompt
+    ``raw``: one request with all prompts to the server itself. ``ours``: groups of ``GROUP`` prompts
     through client and router, as a run sends them. Both ask for log-probabilities, by turns. Then the
     server gives its memory back and takes it again.
     """
@@ -64,11 +66,19 @@ async def measure(
         sampling = {"temperature": 1.0, "max_new_tokens": new_tokens, "ignore_eos": True}
         draw = random.Random(0)
 
-        async def ours(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
-            done = await asyncio.gather(
-                *(client.generate(ids, dict(sampling), i) for i, ids in enumerate(asked))
-            )
+        async def group(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
+            with requests_of(Scope(), set()):
+                done = await asyncio.gather(
+                    *(
+                        client.generate(ids, dict(sampling), i, together=not fleet.seeds_count)
+                        for i, ids in enumerate(asked)
+                    )
+                )
             return sum(len(completion.token_ids) for completion in done)
+
+        async def ours(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
+            groups = (asked[i : i + GROUP] for i in range(0, len(asked), GROUP))
+            return sum(await asyncio.gather(*(group(some, sampling) for some in groups)))
 
         async def raw(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
             return await _ask_server(server.url, asked, sampling)
@@ -135,10 +145,10 @@ async def _sleep_and_wake(fleet: Fleet, repeats: int = 3) -> dict[str, float]:
     for _ in range(repeats):
         before = torch.cuda.mem_get_info()[0]
         started = time.perf_counter()
-        await fleet.sleep()
+        await fleet.turns.sleep()
         found["sleep_s"].append(time.perf_counter() - started)
         found["freed_gib"].append((torch.cuda.mem_get_info()[0] - before) / GIB)
         started = time.perf_counter()
-        await fleet.wake()
+        await fleet.turns.wake()
         found["wake_s"].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in found.items()}

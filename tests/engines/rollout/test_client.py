@@ -1,5 +1,6 @@
 """The generation client against a local HTTP server that answers from a list."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -89,6 +90,12 @@ async def test_a_request_carries_tokens_and_seed_and_gives_tokens_and_logprobs(
     assert completion.logprobs == [-0.5, -0.25]
     assert (completion.finish_reason, completion.policy_version) == ("stop", 7)
     assert completion.cached_tokens == 3
+
+
+async def test_no_request_s_id_begins_with_another_s(server: Server, client: GenerateClient):
+    await asyncio.gather(*(client.generate([1], {}, 0) for _ in range(12)))
+    names = [body["rid"] for body in server.bodies]
+    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
 @pytest.mark.parametrize("fault", [(500, {}), (503, {}), (429, {}), (0, {}), (200, ABORTED)])
