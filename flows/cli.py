@@ -126,6 +126,8 @@ def bench(
     only: list[str] | None = None,
     output: Path = Path(".rollflow/bench.json"),
     shape: list[str] | None = None,
+    new_tokens: int | None = None,
+    steps: int | None = None,
 ) -> None:
     """Measure where an iteration's time goes and what the recovery from a kill takes.
 
@@ -135,11 +137,15 @@ def bench(
         conversion, modes, gpu, orchestration.
     output: JSON file for the figures.
     shape: of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
+    new_tokens: of each answer in the whole iterations of such a shape; 512 unless given.
+    steps: whole iterations of such a shape; 8 unless given, of which the first 3 are not counted.
     """
     server.use_server()
     from .bench import run_bench
 
-    asyncio.run(run_bench(only or [], output, console, shape or []))
+    given = {"new_tokens": new_tokens, "steps": steps}
+    size = {name: number for name, number in given.items() if number is not None}
+    asyncio.run(run_bench(only or [], output, console, shape or [], size))
 
 
 @app.command

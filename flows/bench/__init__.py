@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ TOP = "iteration"
 
 
 async def run_bench(
-    only: Sequence[str], output: Path, console: Console, shapes: Sequence[str] = ()
+    only: Sequence[str],
+    output: Path,
+    console: Console,
+    shapes: Sequence[str] = (),
+    size: Mapping[str, int] | None = None,
 ) -> None:
     """Measure the parts named in ``only``, or all but those on request; print and write the figures.
 
     Figures of other parts that the file holds already stay. ``shapes``: which ``gpu`` measures; it
-    leaves those of the file's other shapes.
+    leaves those of the file's other shapes. ``size``: of its whole iterations, see ``gpu.Size``.
 
     Raises:
         ValueError: there is no part or shape of that name, or shapes are given and ``gpu`` is not.
@@ -43,13 +47,16 @@ async def run_bench(
         if shape not in throughput.SHAPES or "gpu" not in only:
             known = ", ".join(throughput.SHAPES)
             raise ValueError(f"--shape {shape}: takes {known}, and goes with --only gpu")
+    if size and not shapes:
+        raise ValueError(f"{', '.join(size)}: goes with --only gpu and --shape")
     output.parent.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
     facts |= {"cores": os.cpu_count(), "machine": platform.machine()}
     for name in only or PARTS:
         part = importlib.import_module(f".{name}", __package__)
         if name == "gpu" and shapes:
-            found = facts.get(name, {}) | await part.measure(console, shapes)
+            size_given = part.Size(**(size or {}))
+            found = facts.get(name, {}) | await part.measure(console, shapes, size_given)
         else:
             found = await part.measure(console)
         facts |= found if name == TOP else {name: found}

@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from rollflow.tasks.measure import (
 )
 
 SHAPES = ("0.6b", "1.7b")
-STEPS = 8
 SETTLED = 3
 """Steps that are not counted: they compile, and take memory for the first time."""
 LIMIT_S = 480
@@ -55,7 +55,17 @@ What a step needs beside, which is more than a server's smallest useful cache.""
 REPEATS = 3
 
 
-async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How long the whole iterations are, and how many."""
+
+    new_tokens: int = NEW_TOKENS
+    steps: int = 8
+
+
+async def measure(
+    console: Console, shapes: Sequence[str] = SHAPES, size: Size = Size()
+) -> dict[str, Any]:
     """Measure each shape as far as time allows; nothing where torch sees no GPU."""
     card, memory_gib = gpu_name(), gpu_memory_gib()
     if not card:
@@ -78,7 +88,7 @@ async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
                 console.print(f"bench gpu: {gone_s:.0f} s are gone, no time for {shape}: {name}")
                 continue
             try:
-                found |= await part(shape)
+                found |= await part(shape, size)
             except RuntimeError as error:  # the other parts are figures still
                 found["failed"] = {**found.get("failed", {}), name: str(error)[-500:]}
             console.print_json(json.dumps({"shape": shape, "part": name, **found}), indent=None)
@@ -89,13 +99,15 @@ async def measure(console: Console, shapes: Sequence[str] = SHAPES) -> dict:
     return facts
 
 
-def _config(shape: str, *words: str) -> RunConfig:
-    """The throughput recipe with that shape."""
+def _config(shape: str, *words: str, new_tokens: int = NEW_TOKENS) -> RunConfig:
+    """The throughput recipe with that shape. Longer answers are packed fewer to a micro-batch."""
     files = throughput.make(Path(".rollflow/throughput") / shape, shape)
     name = f"bench-gpu-{shape}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    tokens = _rows(shape) * (RUN_PROMPT_TOKENS + NEW_TOKENS)
-    cache = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS) + CACHE_SPARE
+    row = RUN_PROMPT_TOKENS + new_tokens
+    tokens = max(_rows(shape) * (RUN_PROMPT_TOKENS + NEW_TOKENS), row)
+    cache = PROMPTS * (PROMPT_TOKENS + new_tokens) + CACHE_SPARE
     micro = (
+        *("--rollout.sampling.max_new_tokens", str(new_tokens)),
         *("--trainer.max_tokens_per_micro_batch", str(tokens)),
         *("--sglang.max_total_tokens", str(cache)),
     )
@@ -125,12 +137,12 @@ def parameters(shape: str) -> int:
     return layers * layer + hidden * model["vocab_size"]
 
 
-async def _training(shape: str) -> dict[str, Any]:
+async def _training(shape: str, _: Size) -> dict[str, Any]:
     alone = _train_alone(shape, deterministic=True)
     return {"mfu": alone["mfu"], "train_tokens_per_s": alone["tokens_per_s"], "train_alone": alone}
 
 
-async def _not_deterministic(shape: str) -> dict[str, Any]:
+async def _not_deterministic(shape: str, _: Size) -> dict[str, Any]:
     alone = _train_alone(shape, deterministic=False)
     return {"mfu_not_deterministic": alone["mfu"], "train_alone_not_deterministic": alone}
 
@@ -147,7 +159,7 @@ def _train_alone(shape: str, *, deterministic: bool) -> dict[str, Any]:
     )
 
 
-async def _generation(shape: str) -> dict[str, Any]:
+async def _generation(shape: str, _: Size) -> dict[str, Any]:
     config = _config(shape)
     alone = generate_alone(
         config.model.path,
@@ -162,8 +174,8 @@ async def _generation(shape: str) -> dict[str, Any]:
     return {"generate_fraction_of_raw": alone["fraction_of_raw"], "generate_alone": alone}
 
 
-async def _run(shape: str) -> dict[str, Any]:
-    config = _config(shape, "--steps", str(STEPS))
+async def _run(shape: str, size: Size) -> dict[str, Any]:
+    config = _config(shape, "--steps", str(size.steps), new_tokens=size.new_tokens)
     summary = await train(config)
     records = read_steps(Store(config.store), summary.run)
     steps = [r.metrics | perf for r, perf in zip(records, summary.perf, strict=True)][SETTLED:]

@@ -13,11 +13,11 @@ async def measured(monkeypatch, memory_gib, parts):
     return await gpu.measure(Console(quiet=True), ("0.6b", "4b"))
 
 
-async def speed(shape):
+async def speed(shape, size):
     return {"sync_ms": 1.0}
 
 
-async def broken(shape):
+async def broken(shape, size):
     raise RuntimeError("a gate")
 
 
@@ -31,6 +31,17 @@ async def test_a_part_that_fails_is_named_and_the_others_are_measured(monkeypatc
     facts = await measured(monkeypatch, 80.0, parts)
     assert facts["0.6b"]["failed"] == {"training alone": "a gate"}
     assert facts["0.6b"]["sync_ms"] == 1.0
+
+
+def test_longer_answers_are_packed_fewer_to_a_micro_batch_of_the_same_tokens(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "gpu_memory_gib", lambda: 140.0)
+    usual, long = gpu._config("0.6b"), gpu._config("0.6b", new_tokens=2048)
+    assert usual.rollout.sampling.max_new_tokens == 512
+    assert long.rollout.sampling.max_new_tokens == 2048
+    budgets = [config.trainer.max_tokens_per_micro_batch for config in (usual, long)]
+    assert budgets == [64 * 518] * 2
+    assert long.sglang["max_total_tokens"] == 256 * (64 + 2048) + 4096
 
 
 def test_shapes_have_the_sizes_of_their_names():
