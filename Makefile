@@ -70,7 +70,7 @@ topology: $(INSTALLED) s3-servers  ## Start the processes of deploy/compose.yaml
 deploy-check: $(DEPLOY)/.installed  ## Compare the files in deploy/ with the schemas of the tools that read them
 	@PYTHONPATH=$(DEPLOY) $(BIN)/python -m tests.deploy_check
 
-mutants: $(INSTALLED)   ## Break the algorithms in 89 ways; a test must notice each (3 minutes)
+mutants: $(INSTALLED)   ## Break the algorithms in 91 ways; a test must notice each (3 minutes)
 	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)

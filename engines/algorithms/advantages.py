@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .alike import ALIKE
+
 _STD_EPSILON = 1e-6
 
 
@@ -20,9 +22,10 @@ def group_advantages(
 
     A_i = (R_i - mean of i's group) / (std of i's group + 1e-6), with the unbiased std; without the
     division it is Dr.GRPO's (arXiv:2503.20783). Groups are known by id, in any order and of any
-    size. A group whose rewards are all equal, and so one of a single sample, has exactly zero
-    advantage. Samples of one episode count once in mean and std, by the mean of their rewards.
-    Computed in float64, returned as ``rewards_N`` came: [N], same dtype and device.
+    size. Samples of one episode count once in mean and std, by the mean of their rewards. A group
+    whose episodes all have the same reward, and so one of a single episode, has exactly zero
+    advantage, for its std would be 0. Computed in float64, returned as ``rewards_N`` came: [N], same
+    dtype and device.
 
     Raises ValueError where the lengths differ or a reward is not finite.
     """
@@ -47,8 +50,7 @@ def leave_one_out_advantages(
     others_E = groups.sum(groups.rewards_E)[groups.group_E] - groups.rewards_E
     others_E = others_E / (groups.size_G - 1).clamp(min=1)[groups.group_E]
     advantages_N = rewards_N.double() - others_E[groups.episode_N]
-    alone_N = (groups.size_G == 1)[groups.group_N]
-    return advantages_N.masked_fill(alone_N | groups.all_equal_N, 0.0).to(rewards_N.dtype)
+    return advantages_N.masked_fill(groups.all_equal_N, 0.0).to(rewards_N.dtype)
 
 
 class _Groups(NamedTuple):
@@ -61,7 +63,7 @@ class _Groups(NamedTuple):
     size_G: Tensor
     """Episodes of each group."""
     all_equal_N: Tensor
-    """The sample's group has one reward only."""
+    """The episodes of the sample's group all have the same reward."""
 
     @classmethod
     def of(
@@ -88,10 +90,11 @@ class _Groups(NamedTuple):
         siblings_E = zeros_E.index_add(0, episode_N, torch.ones_like(rewards))
         rewards_E = zeros_E.index_add(0, episode_N, rewards) / siblings_E
         group_E = group_N.new_zeros(episodes).index_copy(0, episode_N, group_N)
-        highest_G = zeros_G.scatter_reduce(0, group_N, rewards, "amax", include_self=False)
-        lowest_G = zeros_G.scatter_reduce(0, group_N, rewards, "amin", include_self=False)
+        highest_G = zeros_G.scatter_reduce(0, group_E, rewards_E, "amax", include_self=False)
+        lowest_G = zeros_G.scatter_reduce(0, group_E, rewards_E, "amin", include_self=False)
+        largest_G = torch.maximum(highest_G.abs(), lowest_G.abs())
         size_G = zeros_G.index_add(0, group_E, torch.ones_like(rewards_E))
-        all_equal_N = (highest_G == lowest_G)[group_N]
+        all_equal_N = (highest_G - lowest_G <= ALIKE * largest_G)[group_N]
         return cls(episode_N, group_N, group_E, rewards_E, size_G, all_equal_N)
 
     def sum(self, values_E: Tensor) -> Tensor:

@@ -5,13 +5,16 @@ reduction, and terms that are added. A class holds the setting of its paper; eve
 over it, and a combination in which a field would do nothing is refused.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rollflow.storage.config import Config
 
 OUTCOMES = ("group", "group_mean", "leave_one_out", "return", "gae", "none")
+GROUPED = ("group", "group_mean", "leave_one_out")
+"""Advantages over the other samples of a group."""
 LOSSES = ("clip", "sequence_clip", "cispo")
 
 
@@ -36,11 +39,22 @@ class CorrectionConfig(Config):
             raise ValueError(
                 f"correction.low = {self.low:g} is not below correction.high = {self.high:g}"
             )
+        if not self.low <= 1 <= self.high:
+            raise ValueError(
+                f"correction.low = {self.low:g} and correction.high = {self.high:g} leave out 1, "
+                "the weight where both engines agree; make low at most 1 and high at least 1"
+            )
+        if self.mode != "truncate" and self.low == 0 and self.high == math.inf:
+            raise ValueError(
+                f"correction.mode = {self.mode!r} has no effect with low = 0 and high = inf; give a bound"
+            )
         return self
 
 
 class CriticConfig(Config):
     """The value model of PPO: the policy's architecture with a head of one output."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     path: str = ""
     """Hugging Face folder its body starts from; empty for the policy's own. The head starts at 0."""
@@ -55,6 +69,7 @@ class CriticConfig(Config):
 class PolicyConfig(Config):
     """What the algorithms that learn from rewards have in common."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     token_level: ClassVar[frozenset[str]] = frozenset({"return", "gae", "group_mean"})
 
     advantage: str = "group"
@@ -98,13 +113,26 @@ class PolicyConfig(Config):
         self._known()
         self._advantage_fits()
         self._kl_has_an_effect()
-        if self.loss not in ("clip", "sequence_clip") and self.dual_clip is not None:
-            raise ValueError(f"dual_clip has no effect with loss = {self.loss!r}; remove it")
+        self._bounds_have_an_effect()
         if self.reduction != "constant" and self.constant_tokens:
             raise ValueError(
                 f"constant_tokens has no effect with reduction = {self.reduction!r}; remove it"
             )
         return self
+
+    def _bounds_have_an_effect(self) -> None:
+        if self.loss not in ("clip", "sequence_clip") and self.dual_clip is not None:
+            raise ValueError(f"dual_clip has no effect with loss = {self.loss!r}; remove it")
+        for field in ("eps_clip", "eps_clip_high"):
+            if ":" in self.loss and self._is_changed(field):
+                raise ValueError(
+                    f"{field} = {getattr(self, field):g} has no effect with loss = {self.loss!r}, which "
+                    "has bounds of its own; remove it"
+                )
+
+    def _is_changed(self, field: str) -> bool:
+        """Whether a field is other than this algorithm's default: a stored run names all of them."""
+        return getattr(self, field) != type(self).model_fields[field].default
 
     def _known(self) -> None:
         for field, value, known in (
@@ -129,7 +157,7 @@ class PolicyConfig(Config):
         if (self.critic is not None) != (self.advantage == "gae"):
             raise ValueError(
                 f"advantage = {self.advantage!r} with{'' if self.critic else 'out'} a critic: "
-                "'gae' needs one and nothing else uses it; use name = 'ppo' or set both"
+                "'gae' needs one and nothing else uses it; use name = 'ppo' for it, another name for the rest"
             )
         if self.advantage == "none" and not self.teacher_coef:
             raise ValueError(
@@ -143,18 +171,33 @@ class PolicyConfig(Config):
                 f"kl_unbiased has no effect with kl_in = {self.kl_in!r} and kl_coef = "
                 f"{self.kl_coef:g}; it weighs a KL in the loss"
             )
+        if self.kl_unbiased and self.kl_type == "k2":
+            raise ValueError(
+                "kl_unbiased = true with kl_type = 'k2', whose gradient is unbiased without it and is "
+                "not with it; remove kl_unbiased, or use 'k3'"
+            )
         if not self.kl_coef:
+            self._nothing_is_said_of_a_kl()
             return
         if self.kl_in == "reward" and self.advantage not in self.token_level:
             raise ValueError(
-                f"kl_coef = {self.kl_coef:g} with kl_in = 'reward' has no effect with advantage = "
-                f"{self.advantage!r}; set kl_in = 'loss'"
+                f"kl_coef = {self.kl_coef:g} with kl_in = 'reward' takes the KL from the rewards of single "
+                f"tokens, which advantage = {self.advantage!r} has not; set kl_in = 'loss'"
             )
         if self.kl_in == "loss" and self.kl_type == "k1" and not self.kl_unbiased:
             raise ValueError(
                 f"kl_coef = {self.kl_coef:g} has no effect with kl_type = 'k1' in the loss: its "
                 "gradient is 0 in the mean. Use 'k2' or 'k3', or kl_unbiased = true"
             )
+
+    def _nothing_is_said_of_a_kl(self) -> None:
+        told = ("kl_in",) if self.kl_watch else ("kl_in", "kl_type")
+        for field in told:
+            if self._is_changed(field):
+                raise ValueError(
+                    f"{field} = {getattr(self, field)!r} has no effect with kl_coef = 0; raise kl_coef, or "
+                    "remove it"
+                )
 
 
 class GrpoConfig(PolicyConfig):

@@ -5,25 +5,30 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor
 
+from .alike import all_alike, episode_rewards
 from .metrics import Metrics, max_of, mean_of
 
 
 def group_metrics(
-    rewards_N: Sequence[float | None], groups_N: Sequence[Hashable]
+    rewards_N: Sequence[float | None],
+    groups_N: Sequence[Hashable],
+    episodes_N: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
     """What the groups of a *whole batch* have to teach, from their rewards.
 
-    ``train/groups_zero_variance``: share of groups with one reward only, which have no advantage.
-    ``train/prompts_dead``: of those that never got more than 0; ``train/prompts_solved``: the
-    others of them. Groups without a reward are counted by none.
+    ``train/groups_zero_variance``: share of groups whose episodes all have the same reward, the mean of
+    their samples', which have no advantage. ``train/prompts_dead``: of those that never got more than
+    0; ``train/prompts_solved``: the others of them. Groups without a reward are counted by none.
     """
-    groups: dict[Hashable, set[float]] = {}
-    for reward, group in zip(rewards_N, groups_N, strict=True):
+    groups: dict[Hashable, list[tuple[Hashable, float]]] = {}
+    named = range(len(groups_N)) if episodes_N is None else episodes_N
+    for reward, group, episode in zip(rewards_N, groups_N, named, strict=True):
         if reward is not None:
-            groups.setdefault(group, set()).add(reward)
+            groups.setdefault(group, []).append((episode, reward))
     if not groups:
         return {}
-    flat = [max(rewards) for rewards in groups.values() if len(rewards) == 1]
+    means = [episode_rewards(samples) for samples in groups.values()]
+    flat = [max(rewards) for rewards in means if all_alike(rewards)]
     dead = sum(best <= 0 for best in flat)
     return {
         "train/groups_zero_variance": len(flat) / len(groups),

@@ -18,6 +18,8 @@ class PolicyLoss(NamedTuple):
     """log policy - log old policy of each token, as it was before any clamp."""
     clipped_T: Tensor
     """True where a bound decides: the token has no gradient (in CISPO: a smaller one)."""
+    bounded_T: Tensor
+    """The log-ratio that the bounds hold: the token's, or in GSPO its sample's."""
 
 
 def clipped_policy_loss(
@@ -52,7 +54,7 @@ def clipped_policy_loss(
         ceiling_T = -dual_clip * advantages_T
         above_T = (advantages_T < 0) & (loss_T > ceiling_T)
         loss_T, clipped_T = torch.where(above_T, ceiling_T, loss_T), clipped_T | above_T
-    return PolicyLoss(loss_T, token_log_ratio_T.detach(), clipped_T.detach())
+    return PolicyLoss(loss_T, token_log_ratio_T.detach(), clipped_T.detach(), log_ratio_T.detach())
 
 
 def cispo_loss(
@@ -75,6 +77,7 @@ def cispo_loss(
         loss_T=-weight_T * advantages_T.detach() * logprobs_T,
         log_ratio_T=log_ratio_T,
         clipped_T=weight_T != ratio_T,
+        bounded_T=log_ratio_T,
     )
 
 

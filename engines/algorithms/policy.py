@@ -8,7 +8,7 @@ tokens. The loss of the mini-batch is the plain sum of its micro-batches' losses
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -239,7 +239,13 @@ def _policy_loss(config: PolicyConfig, inputs: LossInputs, own: LossFn | None) -
             segments_T=_required(inputs.segments_T, "segments_T", by) if whole else None,
         )
     loss_T = _own(own, f"loss = {config.loss!r}", inputs, new_T)
-    return PolicyLoss(loss_T, (new_T - old_T).detach(), torch.zeros_like(new_T).bool())
+    if new_T.requires_grad and not loss_T.requires_grad:
+        raise ValueError(
+            f"loss = {config.loss!r} gave a tensor without a gradient; compute it from "
+            "inputs.logprobs_T, without detach() or no_grad()"
+        )
+    log_ratio_T = (new_T - old_T).detach()
+    return PolicyLoss(loss_T, log_ratio_T, torch.zeros_like(new_T).bool(), log_ratio_T)
 
 
 def _corrected(config: PolicyConfig, loss_T: Tensor, inputs: LossInputs) -> tuple[Tensor, Metrics]:
@@ -287,8 +293,8 @@ def _watch(policy: PolicyLoss, loss_T: Tensor, inputs: LossInputs) -> Metrics:
     means = {
         "train/pg_loss": weighted_mean_of(loss_T, inputs.weights_T),
         "train/pg_clipfrac": mean_of(policy.clipped_T),
-        "train/clipfrac_low": mean_of(policy.clipped_T & (log_ratio_T < 0)),
-        "train/clipfrac_high": mean_of(policy.clipped_T & (log_ratio_T > 0)),
+        "train/clipfrac_low": mean_of(policy.clipped_T & (policy.bounded_T < 0)),
+        "train/clipfrac_high": mean_of(policy.clipped_T & (policy.bounded_T > 0)),
         "train/ppo_kl": mean_of(-log_ratio_T),
         "train/ratio": mean_of(ratio_T),
         "train/ratio_sq": mean_of(ratio_T.double().square()),
@@ -331,11 +337,17 @@ def _own(function: Callable[[Any], Tensor] | None, field: str, given: Any, like:
     """What a function of the user's gives, if it has the right shape."""
     if function is None:
         raise ValueError(f"{field} names a function of your own, but none was given")
-    found = function(given)
-    if found.shape != like.shape or not bool(torch.isfinite(found).all()):
+    found = cast(object, function(given))  # whatever a user's function gives
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{field} gave {type(found).__name__}; give a tensor")
+    if found.shape != like.shape:
         raise ValueError(
-            f"{field} gave a tensor of shape {tuple(found.shape)}; it must have shape "
-            f"{tuple(like.shape)} and finite numbers"
+            f"{field} gave a tensor of shape {tuple(found.shape)}; give one of {tuple(like.shape)}"
+        )
+    if wrong := int((~torch.isfinite(found)).sum()):
+        raise ValueError(
+            f"{field} gave {wrong} of {found.numel()} numbers that are not finite; find where it "
+            "divides by 0 or takes a logarithm of it"
         )
     return found
 

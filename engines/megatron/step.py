@@ -53,7 +53,8 @@ def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str
     work, metrics = look_back(learner, work, rows, step)
     if needs(learner.algorithm).old_logprobs:
         work, found = value(learner, work, rows)
-        metrics |= found | group_metrics(scored_rewards(samples), [s.group_id for s in samples])
+        groups, episodes = [s.group_id for s in samples], [s.episode_id for s in samples]
+        metrics |= found | group_metrics(scored_rewards(samples), groups, episodes)
     old_logprob_s = time.perf_counter() - started
     if learner.critic is not None:
         metrics |= _update_critic(learner.critic, work, step)
@@ -111,6 +112,8 @@ def _updates(
 ) -> dict[str, float]:
     """One optimizer update for each mini-batch; metrics are over all of them."""
     policy, before = needs(learner.algorithm).old_logprobs, needs_own_pass(learner)
+    # Labels were not sampled: their likelihood is the model's own.
+    temperature = learner.temperature if policy else 1.0
     total = Metrics()
     norms: list[float] = []
     rate = 0.0
@@ -122,7 +125,7 @@ def _updates(
             return _loss(learner, ws[i], logprobs_M, entropy_M)
 
         batches = [w.batch for w in ws]
-        piece = accumulate_gradients(learner.model, batches, learner.temperature, loss)
+        piece = accumulate_gradients(learner.model, batches, temperature, loss)
         if number == 0 and policy:
             found = reduce_over_ranks(piece)
             check_first_update(found, step)

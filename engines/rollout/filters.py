@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rollflow.engines.algorithms.alike import all_alike, episode_rewards
 from rollflow.engines.hooks import load_hook
 from rollflow.storage.samples import Sample, Status
 
@@ -11,11 +12,13 @@ DynamicFilter = Callable[[Sequence[Sample]], str]
 
 
 def nonzero_std(samples: Sequence[Sample]) -> str:
-    """Keep a group whose rewards differ: equal ones have no advantage (DAPO, arXiv:2503.14476)."""
-    rewards = {s.reward for s in samples if s.reward is not None}
-    if len(rewards) > 1:
-        return ""
-    return f"all rewards {rewards.pop():g}" if rewards else "no reward"
+    """Keep a group whose episodes' rewards differ, each the mean of its samples': equal ones have no
+    advantage (DAPO, arXiv:2503.14476)."""
+    scored = [(s.episode_id, s.reward) for s in samples if s.reward is not None]
+    if not scored:
+        return "no reward"
+    rewards = episode_rewards(scored)
+    return f"all rewards {rewards[0]:g}" if all_alike(rewards) else ""
 
 
 def none_failed(samples: Sequence[Sample]) -> str:

@@ -37,6 +37,11 @@ MUTANTS = [
     *mutants_of(
         "losses.py",
         (
+            "GSPO: clip fractions by the ratios of tokens",
+            "clipped_T.detach(), log_ratio_T.detach()",
+            "clipped_T.detach(), token_log_ratio_T.detach()",
+        ),
+        (
             "Clip: sign flipped",
             "free_T = -ratio_T * advantages_T\n    bound_T = -ratio_T",
             "free_T = ratio_T * advantages_T\n    bound_T = ratio_T",
@@ -233,8 +238,8 @@ MUTANTS = [
         ),
         (
             "Every algorithm: clip fractions swapped",
-            '"train/clipfrac_low": mean_of(policy.clipped_T & (log_ratio_T < 0))',
-            '"train/clipfrac_low": mean_of(policy.clipped_T & (log_ratio_T > 0))',
+            '"train/clipfrac_low": mean_of(policy.clipped_T & (policy.bounded_T < 0))',
+            '"train/clipfrac_low": mean_of(policy.clipped_T & (policy.bounded_T > 0))',
         ),
     ),
     *mutants_of(

@@ -32,8 +32,8 @@ ADVANTAGES = [
         ),
         (
             "GRPO: rounding left in a group of equal rewards",
-            "advantages_N.masked_fill(groups.all_equal_N, 0.0).to",
-            "advantages_N.to",
+            "[groups.group_N]\n    return advantages_N.masked_fill(groups.all_equal_N, 0.0)",
+            "[groups.group_N]\n    return advantages_N",
         ),
         (
             "Siblings of an episode counted one by one",
@@ -63,8 +63,13 @@ ADVANTAGES = [
         ),
         (
             "RLOO: a lone episode keeps its whole reward",
-            "masked_fill(alone_N | groups.all_equal_N, 0.0)",
-            "masked_fill(groups.all_equal_N, 0.0)",
+            "others_E[groups.episode_N]\n    return advantages_N.masked_fill(groups.all_equal_N, 0.0)",
+            "others_E[groups.episode_N]\n    return advantages_N",
+        ),
+        (
+            "Equal rewards: looked for among samples in place of episodes",
+            'scatter_reduce(0, group_E, rewards_E, "amax"',
+            'scatter_reduce(0, group_N, rewards, "amax"',
         ),
     ),
     *mutants_of(

@@ -15,12 +15,12 @@ def group_outcomes(rewards, groups, episodes, kind):
     found = []
     for reward, group, episode in zip(rewards, groups, episodes, strict=True):
         mine = [(r, e) for r, g, e in zip(rewards, groups, episodes, strict=True) if g == group]
-        if len({r for r, _ in mine}) == 1:
-            found.append(0.0)
-            continue
         by_episode = {
             e: statistics.fmean(r for r, f in mine if f == e) for e in {e for _, e in mine}
         }
+        if all(math.isclose(r, by_episode[episode]) for r in by_episode.values()):
+            found.append(0.0)
+            continue
         others = [r for e, r in by_episode.items() if kind != "leave_one_out" or e != episode]
         if not others or (len(by_episode) == 1 and kind == "leave_one_out"):
             found.append(0.0)

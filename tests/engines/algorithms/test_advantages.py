@@ -53,6 +53,25 @@ def test_a_group_of_equal_rewards_has_exactly_zero_advantage(n, std):
     assert got.tolist() == [0.0] * n
 
 
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize(
+    ("rewards", "episodes"),
+    [
+        ([0.0, 1.0, 0.0, 1.0], ["a", "a", "b", "b"]),
+        ([0.1, 0.2, 0.15], ["a", "a", "b"]),  # the mean of the first two has another last bit
+        ([0.0, 1.0], ["a", "a"]),
+    ],
+)
+def test_turns_of_episodes_that_went_alike_have_no_advantage(rewards, episodes, std):
+    rewards_N = torch.tensor(rewards, dtype=torch.float64)
+    groups = ["g"] * len(rewards)
+    for got in (
+        group_advantages(rewards_N, groups, episodes, normalize_std=std),
+        leave_one_out_advantages(rewards_N, groups, episodes),
+    ):
+        assert got.tolist() == [0.0] * len(rewards)
+
+
 def test_a_right_answer_among_wrong_ones_stands_out():
     got = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0]), ["g"] * 4)
     assert got.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)

@@ -18,6 +18,12 @@ def test_groups_without_variance_are_told_apart_by_whether_they_were_ever_right(
     assert group_metrics([None], ["a"]) == {}
 
 
+def test_turns_of_one_episode_are_one_reward():
+    found = group_metrics([0.0, 1.0, 1.0, 0.0, 1.0], ["a"] * 4 + ["b"], ["x", "x", "y", "y", "z"])
+    assert found["train/groups_zero_variance"] == 1.0
+    assert found["train/prompts_solved"] == 1.0
+
+
 def test_advantages_are_told_apart_by_reward():
     found = advantage_metrics(torch.tensor([2.0, 1.0, -3.0]), torch.tensor([1.0, 1.0, 0.0]), 0.5)
     scalars = derive(found.values())

@@ -287,7 +287,37 @@ def test_an_advantage_and_a_loss_of_ones_own_take_the_place_of_ours():
     loss = compute_loss(config, inputs, lambda i: i.logprobs_T * 3).loss
     assert loss.item() == pytest.approx(-4.5 + 0.5 * 0.25)
     for wrong in (lambda i: i.logprobs_T[:1], lambda i: i.logprobs_T / 0):
-        with pytest.raises(ValueError, match=r"loss = 'my:loss' gave a tensor"):
+        with pytest.raises(ValueError, match=r"loss = 'my:loss' gave (a tensor of|2 of 2 numbers)"):
             compute_loss(config, inputs, wrong)
     with pytest.raises(ValueError, match="none was given"):
         compute_loss(config, inputs)
+
+
+def test_a_sample_that_gspo_clips_is_counted_on_the_side_of_its_own_ratio():
+    # The sample is likelier than it was; its second token is not.
+    inputs = LossInputs(
+        logprobs_T=torch.tensor([-1.0, -3.0]),
+        weights_T=torch.tensor([0.5, 0.5]),
+        advantages_T=torch.tensor([1.0, 1.0]),
+        old_logprobs_T=torch.tensor([-3.0, -2.8]),
+        segments_T=torch.tensor([0, 0]),
+    )
+    metrics = compute_loss(GspoConfig(), inputs).metrics.values()
+    assert (metrics["train/clipfrac_low"], metrics["train/clipfrac_high"]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda inputs: [1.0], "gave list; give a tensor"),
+        (lambda inputs: None, "gave NoneType; give a tensor"),
+        (lambda inputs: inputs.logprobs_T.sum(), r"shape \(\); give one of \(5,\)"),
+        (lambda inputs: inputs.logprobs_T / 0, "gave 5 of 5 numbers that are not finite"),
+        (lambda inputs: -inputs.logprobs_T.detach(), "gave a tensor without a gradient"),
+    ],
+)
+def test_a_loss_of_ones_own_that_gives_something_else_is_told_so(own, message):
+    config = GrpoConfig(loss="my:fn")
+    [inputs] = Batch(config, [[True] * 5], 1).loss_inputs()
+    with pytest.raises((TypeError, ValueError), match=message):
+        compute_loss(config, replace(inputs, logprobs_T=inputs.logprobs_T.requires_grad_()), own)
