@@ -4,7 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rollflow.engines.algorithms.config import AlgorithmConfig, GrpoConfig
+from rollflow.engines.algorithms.config import (
+    GROUPED,
+    AlgorithmConfig,
+    GrpoConfig,
+    SftConfig,
+)
 from rollflow.engines.config import ClusterConfig, ModelConfig
 from rollflow.engines.megatron.config import (
     CheckpointConfig,
@@ -112,6 +117,8 @@ class RunConfig(Config):
     @field_validator("algorithm", mode="before")
     @classmethod
     def _grpo_unless_named(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"name": value}
         return {"name": "grpo", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
@@ -136,6 +143,42 @@ class RunConfig(Config):
                 f"rollout.teacher is set but algorithm.name = {algorithm.name!r} has no teacher_coef "
                 "above 0; raise it, or leave the teacher out"
             )
+        if asks and self.rollout.sampling.temperature != 1:
+            raise ValueError(
+                f"rollout.sampling.temperature = {self.rollout.sampling.temperature:g} with "
+                "algorithm.teacher_coef above 0: the teacher tells its log-probabilities at temperature 1, "
+                "which the policy's are compared with; set it to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_learn(self) -> "RunConfig":
+        algorithm = self.algorithm
+        if isinstance(algorithm, SftConfig):
+            return self
+        if algorithm.critic and algorithm.critic.warmup_steps >= self.steps:
+            raise ValueError(
+                f"algorithm.critic.warmup_steps = {algorithm.critic.warmup_steps} of steps = {self.steps}: "
+                "the policy would never be trained; make it smaller"
+            )
+        if self.rollout.generate or not self.rollout.generates or algorithm.teacher_coef:
+            return self
+        if algorithm.advantage in GROUPED and self.rollout.n_samples_per_prompt == 1:
+            raise ValueError(
+                "rollout.n_samples_per_prompt = 1 with algorithm.advantage = "
+                f"{algorithm.advantage!r}, which compares the samples of a prompt: every advantage would be "
+                "0; raise it, or use algorithm.name = 'reinforce_pp' or 'ppo'"
+            )
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature = 0: the samples of a prompt would be the same, and the "
+                "policy they came from has no log-probabilities; set it above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_have_room(self) -> "RunConfig":
+        self.trainer.check_schedule(self.steps)
         return self
 
     @model_validator(mode="after")

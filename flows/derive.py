@@ -7,7 +7,7 @@ from prefect import flow
 from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.runs import Origin
 from rollflow.tasks.checkpoint import save_checkpoint
-from rollflow.tasks.checks import check_hooks
+from rollflow.tasks.checks import check_hooks, check_own_mathematics, check_parallel, check_settings
 from rollflow.tasks.commit import commit_step
 from rollflow.tasks.derive import (
     Source,
@@ -34,6 +34,7 @@ async def fork(config: RunConfig, source: str, step: int) -> RunSummary:
     Raises:
         ValueError: ``source`` has no checkpoint of that step.
     """
+    check_settings(config)  # before the run is made: corrected settings would be other ones
     await derive_run(config, Origin("fork", source, step + 1))
     return await train.fn(config)
 
@@ -47,6 +48,8 @@ async def replay(config: RunConfig, source: str, first: int, end: int | None) ->
     Raises:
         ValueError: a batch is missing, or the checkpoint that ``first`` goes on from.
     """
+    check_own_mathematics(config)
+    check_parallel(config)
     found = await find_source(config.store, source, first, end)
     run = await derive_run(config, replay_origin(config.store, source, first))
     plan = find_plan(config, run)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rollflow.engines.algorithms.config import SftConfig, own_function
 from rollflow.engines.hooks import load_hook
+from rollflow.engines.hooks.check import check_function
 from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.engines.platform import Platform, detect
 from rollflow.engines.rollout.experts import SWITCH
@@ -22,6 +23,7 @@ def check_settings(config: RunSettings) -> None:
     check_platform(config)
     check_hooks(config)
     check_model(config)
+    check_critic(config)
     check_lengths(config)
     check_teacher(config)
     check_judge(config)
@@ -107,10 +109,31 @@ def check_hooks(config: RunSettings) -> None:
             load_hook(dataset.reward, "group_reward" if dataset.group_reward else "reward")
         if dataset.generate:
             load_hook(dataset.generate, "generate")
-    if path := own_function(config.algorithm, "advantage"):
-        load_hook(path, "advantage")
-    if path := own_function(config.algorithm, "loss"):
-        load_hook(path, "loss")
+    check_own_mathematics(config)
+
+
+def check_own_mathematics(config: RunSettings) -> None:
+    """An advantage or a loss of the user's gives the right thing for an example."""
+    for field in ("advantage", "loss"):
+        if path := own_function(config.algorithm, field):
+            check_function(path, field)
+
+
+def check_critic(config: RunSettings) -> None:
+    """A critic that starts from weights of its own finds them, and its schedule has room."""
+    if isinstance(config.algorithm, SftConfig) or (critic := config.algorithm.critic) is None:
+        return
+    if critic.path and not (Path(critic.path) / "config.json").is_file():
+        raise ValueError(
+            f"algorithm.critic.path = {critic.path!r} has no config.json; give the folder of a Hugging "
+            "Face checkpoint"
+        )
+    updates = config.trainer.decay_updates(config.steps)
+    if critic.lr_warmup_steps >= updates:
+        raise ValueError(
+            f"algorithm.critic.lr_warmup_steps = {critic.lr_warmup_steps} is not below the {updates} "
+            "updates over which the learning rate decays; lower it"
+        )
 
 
 def check_model(config: RunSettings) -> None:

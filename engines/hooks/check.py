@@ -28,7 +28,7 @@ COLUMNS = {
 }
 """What the rewards that come with rollflow look for in the data."""
 TENSORS = ("advantage", "loss")
-"""Hooks whose functions are not called here: they fit by their signature alone."""
+"""Hooks that are called with tensors: tried only where they are meant, for PyTorch is slow to import."""
 OTHERS = {"args", "completions", "solution_str"}
 """Arguments by which functions of slime, TRL and verl are known."""
 PROMPT = Prompt("train.jsonl:7", 7, "train.jsonl", "47+85=", "132", COLUMNS)
@@ -55,8 +55,6 @@ def check_function(path: str, kind: HookKind) -> Verdict:
     Raises ValueError that says what is wrong with its name, its signature or what it gives.
     """
     hook = load_hook(path, kind)
-    if kind not in _EXAMPLES:
-        return Verdict(kind, _signature(hook), "nothing: it is called with tensors, not tried here")
     arguments, judge = _EXAMPLES[kind]
     columns = columns_asked(find_hook(path, kind))
     try:
@@ -84,7 +82,8 @@ def check_any(path: str) -> list[Verdict]:
     meant = _named_after(find_hook(path))
     found: list[Verdict] = []
     refused: dict[str, str] = {}
-    for name in cast(list[HookKind], [k for k in SIGNATURES if k not in TENSORS]):
+    kinds = [k for k in SIGNATURES if k in meant or k not in TENSORS]
+    for name in cast(list[HookKind], kinds):
         try:
             found.append(check_function(path, name))
         except ValueError as error:
@@ -103,7 +102,7 @@ def _named_after(hook: Callable[..., Any]) -> set[str]:
     most = max(shared.values())
     if not most or names & OTHERS:
         return set()
-    return {kind for kind, count in shared.items() if count == most and kind not in TENSORS}
+    return {kind for kind, count in shared.items() if count == most}
 
 
 def _heading(path: str, fits: list[HookKind]) -> str:
@@ -269,6 +268,56 @@ def _items(result: Any) -> list[Any]:
     return list(result) if is_list else []
 
 
+def example_outcomes() -> Any:
+    """Five scored samples in two groups; in one two samples are of one episode."""
+    import torch
+
+    from rollflow.engines.algorithms.inputs import Outcomes
+
+    rewards_N = torch.tensor([1.0, 0.0, 0.5, 0.0, 1.0], dtype=torch.float64)
+    return Outcomes(rewards_N, ["a", "a", "a", "b", "b"], ["1", "2", "2", "3", "4"])
+
+
+def example_losses() -> Any:
+    """Trained tokens of two samples, of three and of two tokens."""
+    import torch
+
+    from rollflow.engines.algorithms.inputs import LossInputs
+
+    old_T = torch.tensor([-0.5, -1.0, -2.0, -0.1, -3.0])
+    return LossInputs(
+        logprobs_T=(old_T + 0.1).requires_grad_(),
+        weights_T=torch.full((5,), 0.2),
+        entropy_T=torch.ones(5),
+        advantages_T=torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]),
+        old_logprobs_T=old_T,
+        ref_logprobs_T=old_T - 0.1,
+        rollout_logprobs_T=old_T + 0.01,
+        segments_T=torch.tensor([0, 0, 0, 1, 1]),
+    )
+
+
+def _tensor(result: Any, each: str) -> None:
+    import torch
+
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"gave {result!r:.80}; give a tensor")
+    if result.shape != (5,):
+        raise TypeError(
+            f"gave a tensor of shape {tuple(result.shape)} for 5 {each}; give one of (5,)"
+        )
+    if not bool(torch.isfinite(result).all()):
+        raise TypeError(f"gave {result.tolist()}; give finite numbers")
+
+
+def _losses(result: Any) -> None:
+    _tensor(result, "tokens")
+    if not result.requires_grad:
+        raise TypeError(
+            "gave a tensor without a gradient; compute it from inputs.logprobs_T, without detach()"
+        )
+
+
 def _nothing(result: Any) -> None:
     """Whatever it gives is not looked at."""
 
@@ -285,4 +334,6 @@ _EXAMPLES: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[[Any], None]]
     "curriculum": (lambda: (3, {"train.jsonl": 1.0}), _shares),
     "batch_samples": (lambda: (example_samples(), 3), _nothing),
     "eval_samples": (lambda: (example_samples(), 3), _nothing),
+    "advantage": (lambda: (example_outcomes(),), lambda result: _tensor(result, "samples")),
+    "loss": (lambda: (example_losses(),), _losses),
 }

@@ -62,6 +62,29 @@ class TrainerConfig(Config):
             )
         return self
 
+    def decay_updates(self, steps: int) -> int:
+        """Updates until the learning rate reaches ``min_lr``, in a run of so many steps."""
+        return self.lr_decay_steps or max(1, steps * self.updates_per_batch)
+
+    def check_schedule(self, steps: int) -> None:
+        """The parts of the schedule have room in a run of so many steps.
+
+        Raises:
+            ValueError: the warmup, or the decay of WSD, leaves the other parts none.
+        """
+        decay = self.decay_updates(steps)
+        if self.lr_warmup_steps >= decay:
+            raise ValueError(
+                f"trainer.lr_warmup_steps = {self.lr_warmup_steps} is not below the {decay} updates "
+                "over which the learning rate decays (trainer.lr_decay_steps, or steps x "
+                "updates_per_batch); lower it"
+            )
+        if self.lr_wsd_decay_steps > decay - self.lr_warmup_steps:
+            raise ValueError(
+                f"trainer.lr_wsd_decay_steps = {self.lr_wsd_decay_steps} is more than the "
+                f"{decay - self.lr_warmup_steps} updates after the warmup; lower it"
+            )
+
 
 class CheckpointConfig(Config):
     """When checkpoints are written, and which of them stay."""
@@ -109,20 +132,21 @@ class GatesConfig(Config):
     """Estimated KL(rollout || trainer) (default none in float32, 0.002 in bfloat16)."""
 
 
+_ARCHITECTURE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "normalization"),
+    *("gated_linear_unit", "activation_func", "layernorm_epsilon"),
+)
+_DTYPES = ("params_dtype", "bf16", "fp16", "pipeline_dtype", "autocast_dtype")
 MEGATRON_OWNED = {
-    "params_dtype": "use model.dtype",
-    "bf16": "use model.dtype",
-    "fp16": "use model.dtype",
-    "pipeline_dtype": "use model.dtype",
-    "autocast_dtype": "use model.dtype",
-    "num_layers": "use model.path (its config.json)",
-    "hidden_size": "use model.path (its config.json)",
-    "ffn_hidden_size": "use model.path (its config.json)",
-    "num_attention_heads": "use model.path (its config.json)",
-    "num_query_groups": "use model.path (its config.json)",
-    "kv_channels": "use model.path (its config.json)",
+    **dict.fromkeys(_DTYPES, "use model.dtype"),
+    **dict.fromkeys(_ARCHITECTURE, "use model.path (its config.json)"),
+    "variable_seq_lengths": "sequences are always packed",
+    "calculate_per_token_loss": "use algorithm.reduction",
     "finalize_model_grads_func": "the trainer sets it",
     "grad_scale_func": "the trainer sets it",
+    "no_sync_func": "the trainer sets it",
+    "average_in_collective": "gradients are always summed",
     "moe_enable_routing_replay": "use trainer.router_replay",
 }
 """Megatron's fields that rollflow sets, and why or what to use instead."""

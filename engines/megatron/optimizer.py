@@ -29,17 +29,8 @@ def build_optimizer(
     values = DEFAULTS | settings.optimizer
     bf16 = model.dtype is torch.bfloat16
     config = OptimizerConfig(**{**values, "bf16": bf16, "params_dtype": model.dtype})
-    decay = trainer.lr_decay_steps or max(1, total_steps * trainer.updates_per_batch)
-    if trainer.lr_warmup_steps >= decay:
-        raise ValueError(
-            f"trainer.lr_warmup_steps is {trainer.lr_warmup_steps}, not below the {decay} updates "
-            "over which the learning rate decays; lower it"
-        )
-    if trainer.lr_wsd_decay_steps > decay - trainer.lr_warmup_steps:
-        raise ValueError(
-            f"trainer.lr_wsd_decay_steps is {trainer.lr_wsd_decay_steps}, more than the "
-            f"{decay - trainer.lr_warmup_steps} updates after the warmup; lower it"
-        )
+    trainer.check_schedule(total_steps)
+    decay = trainer.decay_updates(total_steps)
     with cuda_means_cpu():
         optimizer = get_megatron_optimizer(config, model.chunks)
     if model.on_gpu:

@@ -9,32 +9,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from .config import MEGATRON_OWNED
+
 PARALLEL = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
-)
-
-OWNED = {
-    "params_dtype": "it follows model.dtype",
-    "pipeline_dtype": "it follows model.dtype",
-    "bf16": "it follows model.dtype",
-    "fp16": "it follows model.dtype",
-    "variable_seq_lengths": "sequences are always packed",
-    "calculate_per_token_loss": "the loss is always a sum over tokens with weights",
-    "finalize_model_grads_func": "the training step sets it",
-    "grad_scale_func": "the training step sets it",
-    "no_sync_func": "the training step sets it",
-    "average_in_collective": "gradients are always summed",
-    "moe_enable_routing_replay": "it follows trainer.router_replay",
-}
-
-ARCHITECTURE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "add_qkv_bias", "add_bias_linear", "qk_layernorm", "normalization"),
-    *("gated_linear_unit", "activation_func", "layernorm_epsilon"),
 )
 
 UNFINISHED = ("virtual_pipeline_model_parallel_size",)
@@ -108,12 +90,9 @@ def split_settings(megatron: Mapping[str, Any]) -> Settings:
 
 
 def _refuse(name: str, value: Any, known: set[str]) -> None:
-    if name in OWNED:
-        raise ValueError(f"megatron.{name} = {value!r} cannot be set: {OWNED[name]}; remove it")
-    if name in ARCHITECTURE:
+    if name in MEGATRON_OWNED:
         raise ValueError(
-            f"megatron.{name} = {value!r} cannot be set: the model's config.json decides it; "
-            "change it there"
+            f"megatron.{name} = {value!r} cannot be set: {MEGATRON_OWNED[name]}; remove it"
         )
     if name in UNFINISHED and value not in (None, 1):
         raise ValueError(f"megatron.{name} = {value!r} is not supported in this version; remove it")

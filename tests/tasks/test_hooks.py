@@ -92,6 +92,18 @@ def two_outcomes(outcomes, more):
     return outcomes
 
 
+def one_advantage(outcomes):
+    return outcomes.rewards_N[:1]
+
+
+def infinite(inputs):
+    return inputs.logprobs_T / 0
+
+
+def policy_gradient(inputs):
+    return -inputs.logprobs_T * inputs.advantages_T
+
+
 def no_inputs():
     return 0.0
 
@@ -143,6 +155,8 @@ WRONG = [
     ("curriculum", "negative", "gave -1.0 as the share of 'train.jsonl'; give a number from 0 on"),
     ("batch_samples", "looks_later", "is async; write it as a plain 'def'"),
     ("eval_samples", "looks_without_step", "cannot be called with (samples, step)"),
+    ("advantage", "one_advantage", "gave a tensor of shape (1,) for 5 samples; give one of (5,)"),
+    ("loss", "infinite", "give finite numbers"),
     ("advantage", "two_outcomes", "missing a required argument: 'more'"),
     ("loss", "no_inputs", "cannot be called with (inputs)"),
 ]
@@ -189,6 +203,12 @@ def test_a_function_named_after_one_hook_is_told_why_it_is_not_that():
     assert line.startswith("  reward: cannot be called with (sample)")
     fits = check_hook(f"{HERE}:reward_with_label", "batch_samples")
     assert [verdict.kind for verdict in fits] == ["batch_samples"]
+
+
+def test_a_loss_is_known_by_its_argument_and_tried():
+    [verdict] = check_hook(f"{HERE}:policy_gradient")
+    assert verdict.kind == "loss"
+    assert "grad_fn" in verdict.gave
 
 
 def test_an_instance_is_named_by_its_class():

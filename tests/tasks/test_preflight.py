@@ -31,6 +31,15 @@ def tree(tmp_path):
     }
 
 
+def constant(inputs):
+    """A loss of one's own that forgets where it comes from."""
+    return -inputs.logprobs_T.detach()
+
+
+def nothing(outcomes):
+    """An advantage of one's own without a return."""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -49,6 +58,16 @@ def tree(tmp_path):
         (
             ["--rollout.groups", '[{name = "p", role = "prefill"}, {name = "d", role = "decode"}]'],
             "rollout.groups p, d: the settings are sound, but this version does not start",
+        ),
+        (["--algorithm.loss", f"{__name__}:constant"], "gave a tensor without a gradient"),
+        (["--algorithm.advantage", f"{__name__}:nothing"], "gave None; give a tensor"),
+        (
+            ["--algorithm", '{name = "ppo", critic = {path = "/nowhere"}}'],
+            "algorithm.critic.path = '/nowhere' has no config.json",
+        ),
+        (
+            ["--algorithm", '{name = "ppo", critic = {lr_warmup_steps = 3}}'],
+            "algorithm.critic.lr_warmup_steps = 3 is not below the 3 updates",
         ),
         (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
         (["--store.url", "nosuch://bucket"], "store.url = 'nosuch://bucket'"),
