@@ -44,7 +44,17 @@ def load_config(path: str | Path, words: Sequence[str] = ()) -> RunConfig:
         tree = tomllib.loads(file.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    return build_config(overlay(tree, words))
+    return build_config(overlay(without_old_kind(tree, words), words))
+
+
+def without_old_kind(tree: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """``tree`` without its algorithm's fields where ``words`` name another: they are of the old one's
+    setting, and the new one has its own."""
+    table, given = tree.get("algorithm", {}), overlay({}, words).get("algorithm", {})
+    kind = given.get("name") if isinstance(given, dict) else given
+    if not kind or not isinstance(table, Mapping) or kind == table.get("name", "grpo"):
+        return _copy(tree)
+    return {**_copy(tree), "algorithm": {"name": kind}}
 
 
 def build_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -204,7 +214,7 @@ def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(error: dict[str, Any]) -> str:
     """One line for one pydantic error: field, what is wrong, value or nearest name."""
-    place = ".".join(str(p) for p in error["loc"])
+    place = _place(error["loc"])
     if error["type"] == "extra_forbidden":
         if (name := str(error["loc"][-1])) in SLIME_NAMES:
             return f"{place} is slime's name, for the command line; here it is {SLIME_NAMES[name]}"
@@ -220,9 +230,17 @@ def _explain(error: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not place or error["type"] == "missing" or CREDENTIALS in message:  # show no secret
         return f"{place}: {message}".removeprefix(": ")
-    if place.startswith("store.options"):  # may hold a secret
-        return f"{place}: {message}"
+    if place.startswith("store.options") or isinstance(error["input"], Mapping):
+        return f"{place}: {message}"  # it may hold a secret, or is a table of which some fields are named
     return f"{place} = {error['input']!r}: {message}"
+
+
+def _place(location: tuple[Any, ...]) -> str:
+    """Dotted name of a setting; pydantic puts the algorithm's own name between."""
+    parts = [str(part) for part in location]
+    if parts[:1] == ["algorithm"] and len(parts) > 1:
+        del parts[1]
+    return ".".join(parts)
 
 
 def _siblings(location: tuple[Any, ...]) -> set[str]:

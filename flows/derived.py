@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rollflow.tasks.identity import differences
 
-from .arguments import build_config, overlay, stored_settings
+from .arguments import build_config, overlay, stored_settings, without_old_kind
 from .config import RunConfig
 
 NO_GATE = 1e9
@@ -16,11 +16,7 @@ def derived_config(store: str, source: str, name: str, words: Sequence[str]) -> 
 
     A table whose kind the words change (``algorithm.name``) keeps nothing of the old kind.
     """
-    settings = stored_settings(store, source)
-    given = overlay({}, words)
-    kind = given.get("algorithm", {}).get("name")
-    if kind and kind != settings["algorithm"]["name"]:
-        settings = {**settings, "algorithm": {"name": kind}}
+    settings = without_old_kind(stored_settings(store, source), words)
     return build_config(overlay({**settings, "name": name}, words))
 
 

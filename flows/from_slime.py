@@ -16,14 +16,16 @@ RENAMED: dict[str, str] = {
     "rollout-seed": "data.seed",
     "rollout-batch-size": "rollout.batch_size",
     "rollout-num-gpus-per-engine": "sglang.tp_size",
-    "advantage-estimator": "algorithm.name",
     "eps-clip": "algorithm.eps_clip",
     "eps-clip-high": "algorithm.eps_clip_high",
     "eps-clip-c": "algorithm.dual_clip",
     "entropy-coef": "algorithm.entropy_coef",
-    "kl-loss-coef": "algorithm.kl_coef",
     "gamma": "algorithm.gamma",
     "lambd": "algorithm.lam",
+    "value-clip": "algorithm.critic.value_clip",
+    "critic-lr": "algorithm.critic.lr",
+    "num-critic-only-steps": "algorithm.critic.warmup_steps",
+    "normalize-advantages": "algorithm.whiten",
     "max-tokens-per-gpu": "trainer.max_tokens_per_micro_batch",
     "lr-decay-style": "trainer.lr_decay_style",
     "lr-warmup-iters": "trainer.lr_warmup_steps",
@@ -40,7 +42,15 @@ RENAMED: dict[str, str] = {
 IMPLIED = {
     "use-dynamic-batch-size": "micro-batches are always packed by tokens",
     "balance-data": "data parallel ranks are always balanced, by FLOPs",
-    "use-kl-loss": "algorithm.kl_coef above 0 asks for it",
+    "use-kl-loss": "algorithm.kl_coef, or algorithm.kl_watch where it is 0",
+    "kl-loss-coef": "algorithm.kl_coef",
+    "kl-coef": "algorithm.kl_coef with algorithm.kl_in = 'reward'",
+    "advantage-estimator": "algorithm.name",
+    "loss-type": "algorithm.name",
+    "calculate-per-token-loss": "algorithm.reduction",
+    "use-tis": "algorithm.correction",
+    "tis-clip": "algorithm.correction.high",
+    "tis-clip-low": "algorithm.correction.low",
     "accumulate-allreduce-grads-in-fp32": "gradients are always reduced in float32",
     "attention-backend": "packed attention is chosen by device",
     "rotary-base": "config.json of the model decides it",
@@ -74,6 +84,12 @@ IMPLIED = {
     "max-position-embeddings": "config.json of the model decides it",
 }
 """slime's words that need no counterpart, or are counted together; and why."""
+ALGORITHMS = {
+    **{name: name for name in ("grpo", "gspo", "cispo", "ppo")},
+    "reinforce_plus_plus": "reinforce_pp",
+    "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
+    "on_policy_distillation": "distill",
+}
 KL_TYPES = {"low_var_kl": "low_var", "k1": "k1", "k2": "k2", "k3": "k3", "kl": "k1"}
 
 
@@ -161,7 +177,8 @@ def _together(given: dict[str, list[str]], out: Translation) -> None:
     out.put("model.dtype", "bfloat16")
     if "load" in given and given["load"] != given.get("save"):
         out.put("trainer.load", given["load"][0])
-    _kl_and_reward(given, out)
+    _algorithm(given, out)
+    _reward(given, out)
     if "colocate" in given:
         if gpus == 1:
             out.put("cluster.colocate", True)
@@ -187,15 +204,53 @@ def _partial(over_samples: bool, out: Translation) -> None:
         out.implied["partial-rollout"] = "no more groups are begun than are trained on: none is cut"
 
 
-def _kl_and_reward(given: dict[str, list[str]], out: Translation) -> None:
-    kind = given.get("kl-loss-type", ["k3"])[0]
-    if kind in KL_TYPES:
-        out.put("algorithm.kl_type", KL_TYPES[kind])
+def _algorithm(given: dict[str, list[str]], out: Translation) -> None:
+    if given.get("loss-type") == ["sft_loss"]:
+        out.tree["algorithm"] = {"name": "sft"}
+        return
+    estimator = given.get("advantage-estimator", ["grpo"])[0]
+    if estimator in ALGORITHMS:
+        out.put("algorithm.name", ALGORITHMS[estimator])
     else:
+        out.missing["advantage-estimator"] = f"no counterpart (value {estimator!r})"
+    if "calculate-per-token-loss" in given:
+        out.put("algorithm.reduction", "token")
+    if "eps-clip" in given and "eps-clip-high" not in given:
+        out.put("algorithm.eps_clip_high", literal(given["eps-clip"][0]))
+    if "entropy-coef" in given:
+        out.put("algorithm.entropy_coef", float(given["entropy-coef"][0]))
+    if "use-tis" in given:
+        out.put("algorithm.correction.high", float(given.get("tis-clip", ["2"])[0]))
+        out.put("algorithm.correction.low", float(given.get("tis-clip-low", ["0"])[0]))
+    _kl(given, out)
+
+
+def _kl(given: dict[str, list[str]], out: Translation) -> None:
+    """slime has two: one in the loss where ``--use-kl-loss`` is given, one in the reward."""
+    in_loss = float(given.get("kl-loss-coef", ["0"])[0]) if "use-kl-loss" in given else None
+    in_reward = float(given.get("kl-coef", ["0"])[0])
+    kind = given.get("kl-loss-type", ["k1"])[0]
+    if in_loss and in_reward:
+        out.missing["kl-coef"] = (
+            f"{in_reward:g} beside --kl-loss-coef: one KL is taken, that of the loss"
+        )
+    if kind not in KL_TYPES:
         out.missing["kl-loss-type"] = f"no counterpart (value {kind!r})"
-    for optional in ("kl-loss-coef", "entropy-coef"):
-        if optional in given:
-            out.put(RENAMED[optional], float(given[optional][0]))
+    if in_reward and not in_loss:
+        out.put("algorithm.kl_coef", in_reward)
+        out.put("algorithm.kl_in", "reward")
+        out.put("algorithm.kl_type", KL_TYPES.get(kind, "k1"))
+        return
+    out.put("algorithm.kl_coef", in_loss or 0.0)
+    if in_loss:
+        out.put("algorithm.kl_in", "loss")
+    elif in_loss is not None:
+        out.put("algorithm.kl_watch", True)
+    if in_loss is not None:
+        out.put("algorithm.kl_type", KL_TYPES.get(kind, "k3"))
+
+
+def _reward(given: dict[str, list[str]], out: Translation) -> None:
     if "rm-type" in given and "custom-rm-path" not in given:
         out.put("rollout.reward", "my_reward:score")
         del out.implied["rm-type"]

@@ -78,6 +78,30 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
             ["--rollout.teacher", '{path = "x"}'],
             "rollout.teacher is set but algorithm.name = 'grpo'",
         ),
+        (
+            [
+                *("--algorithm", "distill", "--rollout.teacher", '{path = "x"}'),
+                *("--rollout.sampling.temperature", "0.5"),
+            ],
+            "rollout.sampling.temperature = 0.5 with algorithm.teacher_coef above 0",
+        ),
+        (
+            ["--n-samples-per-prompt", "1"],
+            "rollout.n_samples_per_prompt = 1 with algorithm.advantage",
+        ),
+        (["--rollout-temperature", "0"], "rollout.sampling.temperature = 0: the samples"),
+        (
+            ["--algorithm", '{name = "ppo", critic = {warmup_steps = 3}}'],
+            "algorithm.critic.warmup_steps = 3 of steps = 3",
+        ),
+        (
+            ["--trainer.lr_warmup_steps", "3"],
+            "trainer.lr_warmup_steps = 3 is not below the 3 updates",
+        ),
+        (["--algorithm.kl_type", "k9"], "algorithm.kl_type = 'k9'"),
+        (["--algorithm.gamma", "0.9"], "algorithm: gamma = 0.9 has no effect"),
+        (["--algorithm", "grop"], "algorithm.name = 'grop' is none; did you mean 'grpo'?"),
+        (["--calculate-per-token-loss", "true"], "set by rollflow: use algorithm.reduction"),
         (["--rollout.teacher", "{}"], "path = '' and url = ''; give one of them"),
         (["--stop", '{metric = "eval/x/reward", at_least = 1}'], "stop.metric"),
         (["steps", "3"], "'steps' stands where a --setting is expected"),
@@ -91,6 +115,15 @@ def test_a_mistake_is_refused_by_name(words, message):
     with pytest.raises(ValueError) as caught:
         build_config(overlay(BASE, words))
     assert message in str(caught.value)
+
+
+def test_another_algorithm_has_the_setting_of_its_own_paper():
+    words = ["--algorithm.name", "gspo", "--algorithm.entropy_coef", "0.1"]
+    config = load_config(recipes()["arithmetic_cpu"], words)
+    own = build_config({**BASE, "algorithm": {"name": "gspo", "entropy_coef": 0.1}})
+    assert config.algorithm == own.algorithm
+    same = load_config(recipes()["arithmetic_cpu"], ["--algorithm.name", "grpo"])
+    assert same == load_config(recipes()["arithmetic_cpu"])
 
 
 def test_every_mistake_is_listed_at_once():

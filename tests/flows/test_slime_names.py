@@ -123,6 +123,37 @@ def test_one_gpu_is_shared_and_of_several_each_engine_has_its_own():
     assert "one server and one rank may share one GPU" in several.missing["colocate"]
 
 
+@pytest.mark.parametrize(
+    ("words", "algorithm"),
+    [
+        ("--advantage-estimator reinforce_plus_plus --kl-coef 0.01", {
+            "name": "reinforce_pp", "kl_coef": 0.01, "kl_in": "reward", "kl_type": "k1",
+        }),
+        ("--advantage-estimator ppo --value-clip 0.1 --critic-lr 2e-6 --num-critic-only-steps 1", {
+            "name": "ppo", "kl_coef": 0.0,
+            "critic": {"value_clip": 0.1, "lr": 2e-6, "warmup_steps": 1},
+        }),
+        ("--eps-clip 0.1 --kl-loss-coef 0.5", {
+            "name": "grpo", "eps_clip": 0.1, "eps_clip_high": 0.1, "kl_coef": 0.0,
+        }),
+        ("--use-kl-loss --kl-loss-coef 0 --kl-loss-type low_var_kl", {
+            "name": "grpo", "kl_coef": 0.0, "kl_watch": True, "kl_type": "low_var",
+        }),
+        ("--use-kl-loss --kl-loss-coef 0.1 --kl-loss-type k2 --use-tis --tis-clip 3", {
+            "name": "grpo", "kl_coef": 0.1, "kl_in": "loss", "kl_type": "k2",
+            "correction": {"high": 3.0, "low": 0.0},
+        }),
+        ("--calculate-per-token-loss", {"name": "grpo", "reduction": "token", "kl_coef": 0.0}),
+        ("--loss-type sft_loss", {"name": "sft"}),
+    ],
+)  # fmt: skip
+def test_an_algorithm_of_slimes_is_ours_with_its_terms(words: str, algorithm: dict[str, Any]):
+    found = from_slime(words.split())
+    assert found.tree["algorithm"] == algorithm
+    assert found.missing == {}
+    assert build_config({**BASE, "algorithm": algorithm}).algorithm.name == algorithm["name"]
+
+
 def test_a_kind_of_reward_is_told_once():
     found = from_slime(["--rm-type", "deepscaler"])
     assert "my_reward:score" in found.missing["rm-type"]
