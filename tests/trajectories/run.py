@@ -46,8 +46,10 @@ def main() -> int:
                         continue
                     found[recipe] = way
                     its = way if arguments.write else kept.get(recipe)
-                    wrong += [f"{recipe}: {fault}" for fault in _faults(way, its, course)]
-                    console.print(f"{recipe}: {way.rise():+.3f}", highlight=False)
+                    faults = _faults(way, its, course)
+                    wrong += [f"{recipe}: {fault}" for fault in faults]
+                    said = "; ".join(faults) or "as it is kept"
+                    console.print(f"{recipe}: {way.rise():+.3f}, {said}", highlight=False)
                     if arguments.write:
                         _keep({**kept, **found}, course)
         finally:
