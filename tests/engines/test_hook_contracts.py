@@ -71,11 +71,11 @@ def eval_samples(samples, step):
 
 
 def advantage(outcomes):
-    return outcomes
+    return outcomes.rewards_N - outcomes.rewards_N.mean()
 
 
 def loss(inputs):
-    return inputs
+    return -inputs.logprobs_T * inputs.advantages_T
 
 
 # As they stand in projects that use slime, TRL and verl.

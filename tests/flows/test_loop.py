@@ -174,7 +174,7 @@ def test_more_steps_continue_the_run_on_another_number_of_ranks_and_all_can_be_r
 ):
     store, run = stored
     before = {s.step: s for s in read_steps(store, run)}
-    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1", "--rollout.servers", "1")
+    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
     rollflow(folder, "train", "run.toml", "--steps", "4", *alone)
     after = {s.step: s for s in read_steps(store, run)}
     assert sorted(after) == [0, 1, 2, 3]
@@ -192,7 +192,7 @@ def test_a_finished_run_trains_nothing_and_says_so(folder):
 
 def test_a_checkpoint_can_be_evaluated_without_a_trainer_and_without_the_lease(folder, stored):
     (folder / "later.toml").write_text(CONFIG.replace('name = "heldout"', 'name = "later"'))
-    words = ("--steps", "4", "--step", "1", "--rollout.servers", "1")
+    words = ("--steps", "4", "--step", "1")
     assert "eval/later/reward" in rollflow(folder, "evaluate", "later.toml", *words)
     store, run = stored
     batch = find_batch(store, run, 2, "later")

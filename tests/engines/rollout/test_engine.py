@@ -32,7 +32,9 @@ class AnswersOnce:
         self.completion = completion
         self.asked: list[Any] = []
 
-    async def generate(self, *request: Any, routed_experts: bool = False) -> Completion:
+    async def generate(
+        self, *request: Any, routed_experts: bool = False, together: bool = False
+    ) -> Completion:
         self.asked.append(request)
         return self.completion
 
