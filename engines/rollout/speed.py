@@ -66,19 +66,8 @@ async def measure(
         sampling = {"temperature": 1.0, "max_new_tokens": new_tokens, "ignore_eos": True}
         draw = random.Random(0)
 
-        async def group(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
-            with requests_of(Scope(), set()):
-                done = await asyncio.gather(
-                    *(
-                        client.generate(ids, dict(sampling), i, together=not fleet.seeds_count)
-                        for i, ids in enumerate(asked)
-                    )
-                )
-            return sum(len(completion.token_ids) for completion in done)
-
         async def ours(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
-            groups = (asked[i : i + GROUP] for i in range(0, len(asked), GROUP))
-            return sum(await asyncio.gather(*(group(some, sampling) for some in groups)))
+            return await _ask_client(client, asked, sampling, together=not fleet.seeds_count)
 
         async def raw(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
             return await _ask_server(server.url, asked, sampling)
@@ -109,6 +98,29 @@ async def measure(
         "all_tokens_per_s": rates,
         **slept,
     }
+
+
+async def _ask_client(
+    client: GenerateClient,
+    asked: Sequence[list[int]],
+    sampling: Mapping[str, Any],
+    *,
+    together: bool,
+) -> int:
+    """Tokens that came through client and router, prompts in groups as a run sends them."""
+
+    async def group(some: Sequence[list[int]]) -> int:
+        with requests_of(Scope(), set()):
+            done = await asyncio.gather(
+                *(
+                    client.generate(ids, dict(sampling), i, together=together)
+                    for i, ids in enumerate(some)
+                )
+            )
+        return sum(len(completion.token_ids) for completion in done)
+
+    groups = (asked[i : i + GROUP] for i in range(0, len(asked), GROUP))
+    return sum(await asyncio.gather(*(group(some) for some in groups)))
 
 
 def _prompts(draw: random.Random, count: int, tokens: int, vocab_size: int) -> list[list[int]]:

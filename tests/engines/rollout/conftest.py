@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from rollflow.engines.rollout.manager import RolloutManager
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from external_parts import Engine
 from rollout_parts import VICTIM, RolloutParts
 
 CHARACTERS = "0123456789+= "
@@ -95,3 +96,14 @@ def rollout(
     parts.manager = cluster.find_actor("rollout")
     parts.call("start")
     return parts
+
+
+@pytest.fixture
+async def engines(rollout: RolloutParts) -> AsyncIterator[list[Engine]]:
+    """Two engines of somebody else, each before a real server."""
+    found = [Engine(url) for url in rollout.urls]
+    for engine in found:
+        await engine.live()
+    yield found
+    for engine in found:
+        await engine.stop()

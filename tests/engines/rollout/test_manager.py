@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,17 +127,6 @@ def test_a_killed_server_loses_no_sample_and_comes_back_with_the_right_weights(
         answer = ask(url)
         assert answer["meta_info"]["weight_version"] == "1"
         assert logprob_gap(rollout.models[1], [as_sample(answer)]) < 1e-4
-
-
-@pytest.fixture
-async def engines(rollout: RolloutParts) -> AsyncIterator[list[Engine]]:
-    """Two engines of somebody else, each before a real server."""
-    found = [Engine(url) for url in rollout.urls]
-    for engine in found:
-        await engine.live()
-    yield found
-    for engine in found:
-        await engine.stop()
 
 
 async def test_a_server_takes_new_weights_while_it_is_asked_for_its_health(rollout: RolloutParts):
