@@ -3,6 +3,7 @@
 Everything else asks :func:`detect` once and passes the answer on.
 """
 
+import ctypes
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ def one_thread_env() -> dict[str, str]:
 
 def _cuda_available() -> bool:
     if importlib.util.find_spec("torch") is None:
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")  # the driver: where there is none, torch need not be asked
+    except OSError:
         return False
     import torch
 
