@@ -5,7 +5,7 @@ from typing import Any
 
 from rollflow.engines.megatron.settings import PARALLEL
 from rollflow.storage.objects import Store
-from rollflow.storage.runs import config_differences, read_run
+from rollflow.storage.runs import RunRecord, config_differences, read_run
 
 from .settings import RunSettings
 
@@ -21,9 +21,9 @@ MAY_CHANGE = (
     "report",
 )
 """Settings that do not decide what a committed step was: they may differ when a run goes on."""
-LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL, "rollout": ("external",)}
-"""Settings, by table, of how the model is spread over ranks and machines: they may differ too, for
-they change what a step computes by rounding alone."""
+LAYOUT = {"trainer": ("ranks",), "megatron": PARALLEL, "rollout": ("servers", "external")}
+"""Settings, by table, of how the work is spread over ranks, servers and machines: they may differ too,
+for they change what a step computes by rounding alone."""
 
 
 def identity(config: RunSettings) -> dict[str, Any]:
@@ -39,6 +39,18 @@ def identity(config: RunSettings) -> dict[str, Any]:
     for table, names in LAYOUT.items():
         decides[table] = {k: v for k, v in decides[table].items() if k not in names}
     return decides
+
+
+def recorded(config: RunSettings, record: RunRecord) -> dict[str, Any]:
+    """The identity of a run of the store, as settings of today: an earlier version of rollflow knew
+    fewer of them, and they had their defaults, or held more of them to decide.
+
+    One that knew settings which are gone is given as it wrote it.
+    """
+    try:
+        return identity(type(config).model_validate(record.settings))
+    except ValueError:
+        return record.config
 
 
 def the_rest(config: RunSettings, decides: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Find every mistake before an engine starts: settings, hooks, data, model, store, run."""
 
+import contextlib
 import importlib.metadata
 import subprocess
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.prompts import load_prompts
 from rollflow.storage.refs import CheckpointRef, RunRef
-from rollflow.storage.runs import Origin, create_run
+from rollflow.storage.runs import (
+    ConfigMismatch,
+    Origin,
+    RunNotFound,
+    config_differences,
+    create_run,
+    read_run,
+)
 
 from .checks import check_settings, check_template
-from .identity import identity, the_rest
+from .identity import identity, recorded, the_rest
 from .settings import RunSettings
 
 PACKAGES = (
@@ -77,6 +85,11 @@ def open_or_create(config: RunSettings, origin: Origin | None = None) -> RunRef:
     decides = identity(config)
     rest = the_rest(config, decides)
     store = Store(config.store)
+    with contextlib.suppress(RunNotFound):
+        record = read_run(store, config.name)
+        if differences := config_differences(recorded(config, record), decides):
+            raise ConfigMismatch(config.name, differences)
+        decides = record.config
     return create_run(store, config.name, decides, versions(), code_revision(), rest, origin)
 
 

@@ -1,7 +1,7 @@
 """What the tasks ask of a run's settings: the shape of RunConfig, which lives a layer above."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rollflow.engines.algorithms.config import AlgorithmConfig
 from rollflow.engines.config import ClusterConfig, ModelConfig
@@ -53,3 +53,5 @@ class RunSettings(Protocol):
     def router(self) -> dict[str, Any]: ...
 
     def model_dump(self, *, mode: str = ...) -> dict[str, Any]: ...
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...

@@ -57,6 +57,7 @@ def first_digit(sample):
     digit = float(sample.response_text[:1].isdigit())
     return {"reward": digit, "digit": digit, "length": float(len(sample.response_ids))}
 '''
+ALONE = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
 
 
 def rollflow(folder: Path, *words: str) -> str:
@@ -169,13 +170,12 @@ def test_stored_samples_can_be_read_on_the_command_line(folder):
     assert "my_reward:first_digit" in shown
 
 
-def test_more_steps_continue_the_run_on_another_number_of_ranks_and_all_can_be_recomputed(
+def test_more_steps_continue_the_run_on_other_ranks_and_servers_and_all_can_be_recomputed(
     folder, stored
 ):
     store, run = stored
     before = {s.step: s for s in read_steps(store, run)}
-    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
-    rollflow(folder, "train", "run.toml", "--steps", "4", *alone)
+    rollflow(folder, "train", "run.toml", "--steps", "4", *ALONE, "--rollout.servers", "1")
     after = {s.step: s for s in read_steps(store, run)}
     assert sorted(after) == [0, 1, 2, 3]
     assert all(after[n] == before[n] for n in before)
@@ -192,7 +192,7 @@ def test_a_finished_run_trains_nothing_and_says_so(folder):
 
 def test_a_checkpoint_can_be_evaluated_without_a_trainer_and_without_the_lease(folder, stored):
     (folder / "later.toml").write_text(CONFIG.replace('name = "heldout"', 'name = "later"'))
-    words = ("--steps", "4", "--step", "1")
+    words = ("--steps", "4", "--step", "1", "--rollout.servers", "1")
     assert "eval/later/reward" in rollflow(folder, "evaluate", "later.toml", *words)
     store, run = stored
     batch = find_batch(store, run, 2, "later")
@@ -222,10 +222,9 @@ def test_supervised_training_and_its_validation_loss_need_no_server(folder):
         "--evals",
         heldout,
     )
-    alone = ("--trainer.ranks", "1", "--tensor-model-parallel-size", "1")
     rollout = ("--rollout.servers", "0", "--rollout.n-samples-per-prompt", "1")
     hook = ("--rollout.generate", "rollflow.engines.rollout.supervised:generate")
-    rollflow(folder, "sft", "run.toml", *words, *alone, *rollout, *hook)
+    rollflow(folder, "sft", "run.toml", *words, *ALONE, *rollout, *hook)
     store = Store(StoreConfig(url=str(folder / ".rollflow/store")))
     run = open_run(store, "labels")
     losses = [s.metrics["train/loss"] for s in read_steps(store, run)]

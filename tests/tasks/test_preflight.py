@@ -10,8 +10,9 @@ from rollflow.engines.platform import Platform
 from rollflow.flows.arguments import build_config, overlay
 from rollflow.flows.recipes import arithmetic
 from rollflow.storage.objects import Store
-from rollflow.storage.runs import read_run
+from rollflow.storage.runs import ConfigMismatch, create_run, read_run
 from rollflow.tasks.checks import check_colocation, check_experts, check_router_replay
+from rollflow.tasks.identity import identity, the_rest
 from rollflow.tasks.preflight import preflight
 
 
@@ -125,6 +126,24 @@ async def test_a_run_goes_on_with_other_ranks_but_not_with_another_learning_rate
     assert plan.next_step == 0
     with pytest.raises(ValueError, match=r"megatron\.lr"):
         await preflight.fn(build_config(overlay(tree, [*words, "1", "--lr", "1e-4"])))
+
+
+async def test_a_run_goes_on_with_another_number_of_servers(tree):
+    for servers in ("2", "1"):
+        words = ["--cluster.device", "cpu", "--rollout.servers", servers]
+        assert (await preflight.fn(build_config(overlay(tree, words)))).next_step == 0
+
+
+async def test_a_run_of_an_earlier_version_goes_on(tree):
+    config = build_config(overlay(tree, ["--lr", "1e-3"]))
+    rollout = {"servers": 1, **identity(config)["rollout"]}  # decided then
+    del rollout["affinity"]  # was not there yet
+    then = {**identity(config), "rollout": rollout}
+    create_run(Store(config.store), "run", then, {}, "", the_rest(config, then))
+    assert (await preflight.fn(config)).next_step == 0
+    with pytest.raises(ConfigMismatch) as refused:
+        await preflight.fn(build_config(overlay(tree, ["--lr", "1e-4"])))
+    assert refused.value.keys == ["megatron.lr"]
 
 
 async def test_an_evaluation_of_labels_needs_no_room_for_answers(tree):
