@@ -4,13 +4,16 @@ Engines are named actors in the run's namespace, so a task finds them by name al
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +71,26 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
     _here.clear()
     if config.address == NULL:
         return ClusterRef(NULL, namespace, "")
-    if config.address != "local":
-        if config.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
-            _stay_on_loopback()  # else Ray takes such an address for that of another interface
-        _reach(config.address)
-        ray.init(
-            address=config.address,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={**_environment(), "worker_process_setup_hook": f"{__name__}.enter_folder"},
-        )
-        return ClusterRef(config.address, namespace, "")
+    with _sigterm_kept():
+        join = _join if config.address != "local" else _start
+        return ClusterRef(config.address, namespace, join(config, namespace))
+
+
+def _join(config: ClusterConfig, namespace: str) -> str:
+    if config.address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+        _stay_on_loopback()  # else Ray takes such an address for that of another interface
+    _reach(config.address)
+    ray.init(
+        address=config.address,
+        namespace=namespace,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={**_environment(), "worker_process_setup_hook": f"{__name__}.enter_folder"},
+    )
+    return ""
+
+
+def _start(config: ClusterConfig, namespace: str) -> str:
     temp_dir = tempfile.mkdtemp(prefix="rf-")
     try:
         _start_private(namespace, temp_dir, detect(config.device).gpus)
@@ -87,7 +98,19 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
         raise
-    return ClusterRef("local", namespace, temp_dir)
+    return temp_dir
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Leave SIGTERM to whoever has it: Ray's own handler aborts the process 3 s after it, whatever is
+    still being put away."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:

@@ -32,6 +32,9 @@ DAMAGED = (
     "`rollflow audit RUN` names every damaged object of a run: bring it back from a copy, or go on "
     "from a checkpoint before it by `rollflow fork RUN --step STEP --into OTHER`"
 )
+SIGNALLED = {"KeyboardInterrupt": 130, "TerminationSignal": 143}
+"""Exit status by what Python and Prefect raise at SIGINT and SIGTERM. The names alone: Prefect is not
+imported by commands that do without."""
 
 app = App(
     name="rollflow",
@@ -60,9 +63,11 @@ def main() -> None:
         text = f"{error}; {DAMAGED}" if isinstance(error, ManifestError) else str(error)
         stderr.print("[bold red]error:[/]", Text(text), highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except BaseException as error:  # a signal, unless it is somebody's SystemExit
+        if (status := SIGNALLED.get(type(error).__name__)) is None:
+            raise
         print("interrupted; `rollflow resume RUN` goes on from the log", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(status)
 
 
 @app.command

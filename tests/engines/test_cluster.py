@@ -1,4 +1,6 @@
-"""Joining a Ray that runs already."""
+"""Joining a Ray that runs already, and what joining leaves alone."""
+
+import signal
 
 import pytest
 
@@ -9,3 +11,14 @@ from rollflow.engines.config import ClusterConfig
 def test_an_address_where_no_ray_listens_is_told_at_once():
     with pytest.raises(RuntimeError, match=r"cluster\.address = '127\.0\.0\.1:9': no Ray listens"):
         cluster.connect(ClusterConfig(address="127.0.0.1:9"), "nobody")
+
+
+def test_sigterm_is_left_to_whoever_has_it(monkeypatch):
+    def start(config, namespace):
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+        return ""
+
+    monkeypatch.setattr(cluster, "_start", start)
+    before = signal.getsignal(signal.SIGTERM)
+    cluster.connect(ClusterConfig(), "test")
+    assert signal.getsignal(signal.SIGTERM) is before
