@@ -103,7 +103,8 @@ def _use(store: Store, run: RunRef, sample: Sample) -> dict[str, object]:
     settings = read_run(store, run.name).settings
     found = influence(store, settings, TrainedStep(run, record, batch), sample)
     used = f"step {record.ref.step} of {run.name}, batch {batch.digest[:12]}"
-    return {"trained on by": used, **_counted(found)}
+    own = {f"own {field}": version for field, version in record.functions.items()}
+    return {"trained on by": used, **own, **_counted(found)}
 
 
 def _counted(found: Influence) -> dict[str, object]:

@@ -35,6 +35,8 @@ class StepRecord:
     record does not say. Weights are the same bit for bit within one layout, else up to rounding."""
     restored_step: int
     """Step of the checkpoint from which the trainer came here, or ``FIRST_WEIGHTS``."""
+    functions: dict[str, str]
+    """The user's own ``advantage`` and ``loss`` that computed the step, with the digests of their files."""
 
 
 def commit_step(
@@ -48,6 +50,7 @@ def commit_step(
     rng: Mapping[str, Any] | None = None,
     layout: Mapping[str, int] | None = None,
     restored_step: int = FIRST_WEIGHTS,
+    functions: Mapping[str, str] | None = None,
 ) -> StepRef:
     """Write the record of a step, after everything that it speaks of: commit point B.
 
@@ -69,6 +72,7 @@ def commit_step(
         "rng": dict(rng or {}),
         "layout": dict(layout or {}),
         "restored_step": restored_step,
+        "functions": dict(functions or {}),
         "committed_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     check_fence(store, run)
@@ -77,10 +81,12 @@ def commit_step(
     except FileExistsError:
         standing = unseal(store.get(url), url, FORMAT)
         same_layout = standing.get("layout", {}) == record["layout"]
+        by = [r.get("functions", {}) for r in (standing, record)]
+        changed = f"; computed by {by[0]} then, by {by[1]} now" if by[0] != by[1] else ""
         for key in (*_SAME, *(("weights_digest",) if same_layout else ())):
             if standing[key] != record[key]:
                 raise ManifestError(
-                    url, f"{key} {standing[key]}, as committed before", record[key]
+                    url, f"{key} {standing[key]}, as committed before", f"{record[key]}{changed}"
                 ) from None
         return _record(run, url, standing).ref
     return _record(run, url, record).ref
@@ -155,4 +161,5 @@ def _record(run: RunRef, url: str, record: Record) -> StepRecord:
         record.get("epoch", 0),
         record.get("layout", {}),
         record.get("restored_step", FIRST_WEIGHTS),
+        record.get("functions", {}),
     )

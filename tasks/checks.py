@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-from rollflow.engines.algorithms.config import SftConfig, own_function
+from rollflow.engines.algorithms.config import SftConfig, own_functions
 from rollflow.engines.hooks import load_hook
 from rollflow.engines.hooks.check import check_function
 from rollflow.engines.megatron.settings import PARALLEL
@@ -114,9 +114,8 @@ def check_hooks(config: RunSettings) -> None:
 
 def check_own_mathematics(config: RunSettings) -> None:
     """An advantage or a loss of the user's gives the right thing for an example."""
-    for field in ("advantage", "loss"):
-        if path := own_function(config.algorithm, field):
-            check_function(path, field)
+    for field, path in own_functions(config.algorithm).items():
+        check_function(path, field)
 
 
 def check_critic(config: RunSettings) -> None:

@@ -22,4 +22,5 @@ async def commit_step(store: StoreConfig, batch: BatchRef, result: TrainResult) 
         metrics,
         layout=result.layout,
         restored_step=result.restored_step,
+        functions=result.functions,
     )

@@ -321,10 +321,19 @@ AlgorithmConfig = Annotated[
 ]
 
 
-def own_function(config: AlgorithmConfig, field: Literal["advantage", "loss"]) -> str:
+OwnField = Literal["advantage", "loss"]
+
+
+def own_function(config: AlgorithmConfig, field: OwnField) -> str:
     """``pkg.mod:fn`` of the user's that ``field`` names; empty where it names one of ours."""
     path = "" if isinstance(config, SftConfig) else str(getattr(config, field))
     return path if ":" in path else ""
+
+
+def own_functions(config: AlgorithmConfig) -> dict[OwnField, str]:
+    """``pkg.mod:fn`` of each of the user's own, by field."""
+    fields: tuple[OwnField, ...] = ("advantage", "loss")
+    return {field: path for field in fields if (path := own_function(config, field))}
 
 
 def resolved(config: AlgorithmConfig, max_new_tokens: int) -> AlgorithmConfig:

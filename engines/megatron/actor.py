@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rollflow.engines.algorithms.config import AlgorithmConfig
+from rollflow.engines.algorithms.config import AlgorithmConfig, own_functions
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.hooks import hook_version
 from rollflow.engines.platform import detect
 from rollflow.engines.weights import PushResult
 from rollflow.storage.config import StoreConfig
@@ -44,6 +45,8 @@ class TrainResult:
     """``ranks`` and the parallel sizes that were asked for, by megatron-core's names."""
     restored_step: int = FIRST_WEIGHTS
     """Step of the checkpoint that the trainer started from."""
+    functions: dict[str, str] = field(default_factory=dict)
+    """The user's own ``advantage`` and ``loss``, as ``pkg.mod:fn@<digest of its file>``."""
 
 
 class TrainerRank:
@@ -76,6 +79,7 @@ class TrainerRank:
         """Name of the batch trained on last, and its metrics."""
         self._version = 0
         self._restored_step = FIRST_WEIGHTS
+        self._functions: dict[str, str] = {}
         self._saving: Saving | None = None
 
     def address(self, host: str = "127.0.0.1") -> str:
@@ -114,6 +118,7 @@ class TrainerRank:
         except BaseException:
             parallel.leave()
             raise
+        self._functions = _versions(algorithm)
         return self._live.describe()
 
     def restore(self, checkpoint: CheckpointRef | None) -> int:
@@ -146,8 +151,9 @@ class TrainerRank:
             started = time.perf_counter()
             digest = self._rank_live.digest()
             metrics = metrics | {"perf/digest_s": time.perf_counter() - started}
-            layout = self._layout()
-            result = TrainResult(metrics, digest, self._version, layout, self._restored_step)
+            result = TrainResult(
+                metrics, digest, self._version, self._layout(), self._restored_step, self._functions
+            )
             self._trained = (name, result)
         return self._trained[1]
 
@@ -237,3 +243,7 @@ class TrainerRank:
         if self._live is None:
             raise RuntimeError(f"trainer rank {self._rank} is used before setup() or after stop()")
         return self._live
+
+
+def _versions(algorithm: AlgorithmConfig) -> dict[str, str]:
+    return {field: hook_version(path) for field, path in own_functions(algorithm).items()}

@@ -38,6 +38,10 @@ def first_digit(sample):
 
 def longest(sample):
     return float(len(sample.response_ids))
+
+
+def twice(outcomes):
+    return 2.0 * outcomes.rewards_N
 """
 Run = Callable[..., str]
 

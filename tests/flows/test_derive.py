@@ -84,9 +84,12 @@ def test_the_same_grader_gives_every_reward_again_and_another_stands_beside_it(
 
 def test_a_fork_goes_on_from_a_checkpoint_by_other_settings(derive_folder, stored):
     _, rollflow = derive_folder
-    rollflow("fork", "source", "--step", "0", "--into", "forked", "--lr", "1e-4")
+    changes = ("--lr", "1e-4", "--algorithm.advantage", "my_reward:twice")
+    rollflow("fork", "source", "--step", "0", "--into", "forked", *changes)
     forked = stored("forked")
-    assert [(s.ref.step, s.ref.metrics["train/lr"]) for s in forked.steps()] == [(1, 1e-4)]
+    [step] = forked.steps()
+    assert (step.ref.step, step.ref.metrics["train/lr"]) == (1, 1e-4)
+    assert step.functions["advantage"].startswith("my_reward:twice@")
     assert "0 findings" in rollflow("audit", "forked")
     assert rollflow("lineage", "forked", "step-000001", "--ids").count("\n") == 32
 

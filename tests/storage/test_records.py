@@ -129,6 +129,15 @@ def test_a_step_done_again_on_another_layout_may_round_otherwise(store, run):
     assert read_step(store, run, 0).layout == {"ranks": 2}
 
 
+def test_a_step_names_the_users_own_functions_that_computed_it(store, run):
+    old, new = {"loss": "mine:loss@aa"}, {"loss": "mine:loss@bb"}
+    commit_step(store, run, 0, "batch", "weights", {}, functions=old)
+    assert read_step(store, run, 0).functions == {"loss": "mine:loss@aa"}
+    commit_step(store, run, 0, "batch", "weights", {}, functions=new)
+    with pytest.raises(ManifestError, match=r"weights_digest.*loss@aa'} then, by .*loss@bb'} now"):
+        commit_step(store, run, 0, "batch", "other weights", {}, functions=new)
+
+
 def test_a_missing_step_and_a_misplaced_one_are_named(store, run):
     for step in range(3):
         commit_step(store, run, step, "b", "w", {})
