@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from .checksums import Named, Tally, add_all, bytes_of, tally_for
+from .gpu.told import Told, read
 from .server_names import EXPERT, server_name
 
 if TYPE_CHECKING:
@@ -57,10 +58,65 @@ class WeightMismatchError(RuntimeError):
     """A server is there, but refuses the weights or holds others; the message names it and why."""
 
 
-Post = Callable[[httpx.Client, int | None], None]
-"""Have one server load one bucket. The version is given with the last bucket only."""
+Post = Callable[[httpx.Client, int | None], Told | None]
+"""Have one server load one bucket. The version is given with the last bucket only; one of ours on a GPU
+then tells what it holds."""
 Transport = Callable[[Sequence[Named]], contextlib.AbstractContextManager[Post]]
 """A way to bring a bucket to servers: enter it once per bucket, then post it to each server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A bucket that is ready to be sent."""
+
+    bucket: Sequence[Named]
+    is_last: bool
+    post: Post
+
+
+class Parcels:
+    """Weights in buckets, each packed when it is its turn or, by :meth:`pack`, before; one at a time."""
+
+    def __init__(
+        self, named: Iterable[Named], transport: Transport, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.seconds = {"export": 0.0, "pack": 0.0}
+        """Spent so far on tensors from the model, and on buckets of them."""
+        self._buckets = _buckets(named, bucket_bytes)
+        self._transport = transport
+        self._sending = contextlib.ExitStack()
+        self._next: Parcel | None = None
+
+    def pack(self) -> None:
+        """Pack the next bucket, unless it is packed; the one before is given up."""
+        if self._next is not None:
+            return
+        self._sending.close()
+        with _added_to(self.seconds, "export"):
+            bucket, is_last = next(self._buckets, ([], True))
+        if bucket:
+            with _added_to(self.seconds, "pack"):
+                post = self._sending.enter_context(self._transport(bucket))
+            self._next = Parcel(bucket, is_last, post)
+
+    def __iter__(self) -> Iterator[Parcel]:
+        """Each is there until the next is asked for."""
+        while True:
+            self.pack()
+            parcel, self._next = self._next, None
+            if parcel is None:
+                return
+            yield parcel
+
+    def close(self) -> None:
+        """Give up what is packed."""
+        self._next = None
+        self._sending.close()
+
+
+def nowhere(bucket: Sequence[Named]) -> contextlib.AbstractContextManager[Post]:
+    """A transport to no server."""
+    return contextlib.nullcontext(lambda client, version: None)
 
 
 def push(
@@ -73,11 +129,13 @@ def push(
     counted: Tally | GpuTally | None = None,
     publication: Publication | None = None,
     bucket_bytes: int = BUCKET_BYTES,
+    parcels: Parcels | None = None,
 ) -> PushResult:
     """Bring weights to each server under ``version`` and verify what each holds then.
 
     ``counted``: the tally of these weights, where it is known already. ``publication``: written
-    meanwhile, for servers that load files.
+    meanwhile, for servers that load files. ``parcels``: ``named``, ready to be sent; ``counted`` goes
+    with it, and ``publication`` does not.
 
     Servers are served side by side, each wait ends after ``timeout_s`` seconds. One that is dead or
     silent is named in the result; the rest proceed. ``transport`` is :func:`mapped_file` by
@@ -87,13 +145,18 @@ def push(
         WeightMismatchError: a server answered with an error, or holds something else afterwards.
     """
     started = time.perf_counter()
-    parts = {"export": 0.0, "pack": 0.0, "load": 0.0, "verify": 0.0}
-    transport = transport or mapped_file
+    seconds = {"load": 0.0, "verify": 0.0}
     for_servers = bool(urls) or publication is not None
     tally, named = (counted, named) if counted else tally_for(named, for_servers=for_servers)
     named = publication.passing(named) if publication else named
+    parcels = parcels or Parcels(
+        named, (transport or mapped_file) if urls else nowhere, bucket_bytes
+    )
+    before = dict(parcels.seconds)
     failed: dict[str, str] = {}
+    told: dict[str, Told | None] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(parcels))
         # Servers speak plain HTTP; a context without authorities spares reading all of them.
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         clients = {
@@ -104,36 +167,25 @@ def push(
         }
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(urls))))
 
-        def each(
-            act: Callable[[httpx.Client, Any], None],
-            argument: Any,
-            meanwhile: Callable[[], None] = lambda: None,
-        ) -> None:
+        def each(act: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None) -> None:
             alive = [url for url in urls if url not in failed]
-            reasons = pool.map(lambda url: _reason(act, clients[url], argument), alive)
+            reasons = pool.map(lambda url: _reason(act, url), alive)
             meanwhile()
             failed.update((u, r) for u, r in zip(alive, reasons, strict=True) if r)
 
-        buckets = _buckets(named, bucket_bytes)
-        while True:
-            with _added_to(parts, "export"):
-                bucket, is_last = next(buckets, (None, True))
-            if bucket is None:
-                break
-            count_it = functools.partial(add_all, tally, () if counted else bucket)
-            if not urls:
-                count_it()
-                continue
-            with contextlib.ExitStack() as sending:
-                with _added_to(parts, "pack"):
-                    post = sending.enter_context(transport(bucket))
-                with _added_to(parts, "load"):
-                    each(post, version if is_last else None, count_it)
-        with _added_to(parts, "verify"):
+        def load(parcel: Parcel, url: str) -> None:
+            told[url] = parcel.post(clients[url], version if parcel.is_last else None)
+
+        for parcel in parcels:
+            count_it = functools.partial(add_all, tally, () if counted else parcel.bucket)
+            with _added_to(seconds, "load"):
+                each(functools.partial(load, parcel), count_it)
+        with _added_to(seconds, "verify"):
             checksums = tally.server_checksums()
-            each(lambda client, version: settle(client, checksums, version), version)
+            each(lambda url: settle(clients[url], checksums, version, told.get(url)))
     if publication is not None:
         publication.finish(tally.digest(), checksums)
+    packing = {part: spent - before[part] for part, spent in parcels.seconds.items()}
     return PushResult(
         version=version,
         digest=tally.digest(),
@@ -141,7 +193,7 @@ def push(
         seconds=time.perf_counter() - started,
         servers=tuple(url for url in urls if url not in failed),
         failed=tuple(failed.items()),
-        parts=parts,
+        parts=packing | seconds,
     )
 
 
@@ -154,8 +206,23 @@ def _added_to(parts: dict[str, float], name: str) -> Iterator[None]:
         parts[name] += time.perf_counter() - started
 
 
-def settle(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
-    """:func:`flush` and :func:`verify` at once: nothing is generated before both are done."""
+def settle(
+    client: httpx.Client,
+    checksums: Mapping[str, str],
+    version: int | str,
+    told: Told | None = None,
+) -> None:
+    """:func:`flush` and :func:`verify` at once: nothing is generated before both are done.
+
+    ``told``: what the server said of itself already; it is asked for the rest.
+    """
+    if told is not None:
+        _compare(client, checksums, told.checksums, version)
+        if not told.flushed:
+            flush(client)
+        if not told.is_called(version):
+            _called(client, version)
+        return
     with ThreadPoolExecutor(2) as beside:
         others = [beside.submit(flush, client), beside.submit(_called, client, version)]
         _holds(client, checksums, version)
@@ -177,14 +244,22 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | st
 def _holds(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
     answer = _ok(client.post("/weights_checker", json={"action": "checksum"})).json()
     for rank in answer["ranks"]:
-        found = rank["checksums"]
-        wrong = sorted(n for n in checksums.keys() | found if checksums.get(n) != found.get(n))
-        if wrong:
-            raise WeightMismatchError(
-                f"server {client.base_url} holds other weights than version {version} pushed to "
-                f"it: {len(wrong)} of {len(checksums)} parameters differ, first {wrong[0]} "
-                f"(checksum {found.get(wrong[0])}, pushed {checksums.get(wrong[0])})"
-            )
+        _compare(client, checksums, rank["checksums"], version)
+
+
+def _compare(
+    client: httpx.Client,
+    checksums: Mapping[str, str],
+    found: Mapping[str, str],
+    version: int | str,
+) -> None:
+    wrong = sorted(n for n in checksums.keys() | found if checksums.get(n) != found.get(n))
+    if wrong:
+        raise WeightMismatchError(
+            f"server {client.base_url} holds other weights than version {version} pushed to "
+            f"it: {len(wrong)} of {len(checksums)} parameters differ, first {wrong[0]} "
+            f"(checksum {found.get(wrong[0])}, pushed {checksums.get(wrong[0])})"
+        )
 
 
 def _called(client: httpx.Client, version: int | str) -> None:
@@ -256,7 +331,7 @@ class _MappedBytes:
         return build, (self.path, False, self.size)
 
 
-def post_tensors(payload: str, client: httpx.Client, version: int | None) -> None:
+def post_tensors(payload: str, client: httpx.Client, version: int | None) -> Told | None:
     """Have a server load one flattened bucket, pickled in base64; the version comes with the last."""
     body: dict[str, Any] = {
         "serialized_named_tensors": [payload],
@@ -265,7 +340,8 @@ def post_tensors(payload: str, client: httpx.Client, version: int | None) -> Non
     }
     if version is not None:
         body["weight_version"] = str(version)
-    _ok(client.post("/update_weights_from_tensor", json=body))
+    answer = _ok(client.post("/update_weights_from_tensor", json=body)).json()
+    return read(answer.get("message", ""))
 
 
 def flush(client: httpx.Client) -> None:
@@ -296,10 +372,10 @@ def _ok(response: httpx.Response) -> httpx.Response:
     return response
 
 
-def _reason(act: Callable[[httpx.Client, Any], None], client: httpx.Client, argument: Any) -> str:
+def _reason(act: Callable[[str], None], url: str) -> str:
     """Why ``act`` could not reach the server; empty if it did."""
     try:
-        act(client, argument)
+        act(url)
     except httpx.TransportError as error:
         return f"{type(error).__name__}: {error}"
     return ""

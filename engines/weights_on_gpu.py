@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .checksums import PADDED, Named, bytes_of, padded
 from .gpu.server_sums import checksums, of_words, words_of
+from .gpu.told import Told
 from .server_names import EXPERT, FUSED, server_name
 from .weights import Post, bucket_layout, post_tensors
 
@@ -159,8 +160,8 @@ def cuda_ipc(bucket: Sequence[Named]) -> Iterator[Post]:
         torch.cuda.ipc_collect()
 
 
-def _post(content: dict[str, Any], client: httpx.Client, version: int | None) -> None:
+def _post(content: dict[str, Any], client: httpx.Client, version: int | None) -> Told | None:
     # Pickled for each server: torch counts those that mapped the memory.
     buffer = io.BytesIO()
     ForkingPickler(buffer).dump(content)
-    post_tensors(base64.b64encode(buffer.getvalue()).decode(), client, version)
+    return post_tensors(base64.b64encode(buffer.getvalue()).decode(), client, version)

@@ -2,7 +2,8 @@
 
 SGLang takes the hundreds of tensors of a model one by one, each with its own search, launch and wait.
 A bucket that fits goes into the parameters by one copy, and checksums take one launch. What does not
-fit is left to SGLang, and what was loaded is verified by checksum after each push either way.
+fit is left to SGLang, and what was loaded is verified by checksum after each push either way. The answer
+to the last bucket tells the checksums, so that a push is one request.
 """
 
 import hashlib
@@ -15,21 +16,28 @@ from torch import Tensor
 from rollflow.engines.server_names import server_name
 
 from .server_sums import checksums
+from .told import told
 
 Places = list[Tensor]
 """The bytes of parameters that the tensors of a bucket fill, one after the other."""
+Held = tuple[str, Mapping[str, Tensor | None], str, Tensor]
+"""A tensor of a model: its name, the table of its module that it stands in, its name there, itself."""
 PADDED_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 
 def install() -> None:
     """Make SGLang's weight updater and checker do so in this process, before its model is built."""
+    from sglang.srt.managers.scheduler_components import weight_updater as scheduler
     from sglang.srt.model_executor.model_runner_components import weight_updater
     from sglang.srt.utils import weight_checker
 
+    manager = scheduler.SchedulerWeightUpdaterManager
     updater, checker = weight_updater.WeightUpdater, weight_checker.WeightChecker
+    update = manager.update_weights_from_tensor
     load, check = updater._update_weights_from_flattened_bucket, checker._compute_checksum
     setattr(updater, load.__name__, _loading(load))
     setattr(checker, check.__name__, _checking(check, weight_checker))
+    setattr(manager, update.__name__, _telling(update))
 
 
 def places_of(parameters: Mapping[str, Tensor], metadata: Sequence[Any]) -> Places | None:
@@ -109,22 +117,67 @@ def _loading(load: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool,
     return load_bucket
 
 
+def _telling(update: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def update_weights_from_tensor(self: Any, recv_req: Any) -> Any:
+        """SGLang's, which says what the server holds once the last bucket, with a version, is in."""
+        answer = update(self, recv_req)
+        is_alone = (
+            self.draft_worker is None and torch.distributed.get_world_size(self.tp_cpu_group) == 1
+        )
+        if answer.success and recv_req.weight_version is not None and is_alone:
+            flushed = bool(self.flush_cache(empty_cache=False))
+            found = self.tp_worker.model_runner.check_weights(action="checksum")
+            answer.message += told(found["checksums"], flushed=flushed)
+        return answer
+
+    return update_weights_from_tensor
+
+
 def _checking(check: Callable[[Any], dict[str, Any]], module: Any) -> Callable[[Any], Any]:
+    known: dict[int, list[Held]] = {}
+    """By checker, what it compared last: to find it takes longer than to sum it up."""
+
     def compute_checksum(self: Any) -> dict[str, Any]:
-        model, state = self._get_model(), dict(self._model_state())
-        if module._build_quantized_set(model) or not all(t.is_cuda for t in state.values()):
+        held = known.get(id(self), [])
+        if not _still_there(held):
+            held = known[id(self)] = _held(self._get_model(), _compared(self, module))
+        if not held:
             return check(self)
-        skipped = {name for name, t in state.items() if getattr(t, "_skip_weight_check", False)}
-        entries = module._build_check_entries(state, skipped)
-        names = [entry.name for entry in entries if entry.should_compare]
-        told = dict(zip(names, checksums([state[name] for name in names]), strict=True))
+        sums = checksums([tensor for *_, tensor in held])
+        found = dict(zip((name for name, *_ in held), sums, strict=True))
         return module.ChecksumInfo(
-            checksums=told,
-            per_gpu_checksum=_of_all(told),
+            checksums=found,
+            per_gpu_checksum=_of_all(found),
             parallelism_info=self._parallelism_info(),
         ).model_dump()
 
     return compute_checksum
+
+
+def _compared(checker: Any, module: Any) -> list[str]:
+    """Names of the tensors that SGLang would compare; none where that is not plain, or not on a GPU."""
+    model, state = checker._get_model(), dict(checker._model_state())
+    if module._build_quantized_set(model) or not all(t.is_cuda for t in state.values()):
+        return []
+    skipped = {name for name, t in state.items() if getattr(t, "_skip_weight_check", False)}
+    entries = module._build_check_entries(state, skipped)
+    return [entry.name for entry in entries if entry.should_compare]
+
+
+def _held(model: Any, names: Sequence[str]) -> list[Held]:
+    """The tensors of those names as they stand in the model."""
+    found: list[Held] = []
+    for name in names:
+        path, _, key = name.rpartition(".")
+        part = model.get_submodule(path)
+        table = part._parameters if key in part._parameters else part._buffers
+        found.append((name, table, key, table[key]))
+    return found
+
+
+def _still_there(held: Sequence[Held]) -> bool:
+    """Whether the model has these very tensors, and there are some."""
+    return bool(held) and all(table.get(key) is tensor for _, table, key, tensor in held)
 
 
 def _of_all(told: Mapping[str, str]) -> str:

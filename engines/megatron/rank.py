@@ -51,6 +51,10 @@ class Rank:
         """Checksums of the weights as they are, where they are on a GPU and known."""
         self._exported: list[Named] = []
         """These weights under their Hugging Face names, until they are pushed."""
+        self._parcels: weights.Parcels | None = None
+        """Of these, the first one packed."""
+        self._pushes = False
+        """Whether there are servers to push to."""
 
     @classmethod
     def join(
@@ -142,7 +146,15 @@ class Rank:
         if self._counted is None:
             self._exported = list(export_weights(self._learner.model))
             self._counted = tally_of(self._exported, for_servers=True)
-        return self._counted.digest()
+        digest = self._counted.digest()
+        self._pack()
+        return digest
+
+    def _pack(self) -> None:
+        """Make ready what a push begins with, while the server on this GPU takes its memory back."""
+        if self._pushes and self._exported and self._parcels is None:
+            self._parcels = weights.Parcels(self._exported, cuda_ipc, BUCKET_BYTES)
+            self._parcels.pack()
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:
         """Go back to a checkpoint.
@@ -182,14 +194,23 @@ class Rank:
             counted=self._counted,
             publication=publication,
             bucket_bytes=BUCKET_BYTES if self._shares_gpu else weights.BUCKET_BYTES,
+            parcels=None if publication else self._parcels,
         )
-        self._exported = []
+        self._pushes = sends and bool(urls) and not publication
+        self._forget_tensors()
         self._memory.pushed()
         return result
 
     def _forget(self) -> None:
         """The weights change: what is known of them is of the past."""
-        self._counted, self._exported = None, []
+        self._counted = None
+        self._forget_tensors()
+
+    def _forget_tensors(self) -> None:
+        self._exported = []
+        if self._parcels is not None:
+            self._parcels.close()
+            self._parcels = None
 
     def leave(self) -> None:
         """Take down the process groups."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rollflow.engines import weights
 from rollflow.engines.gpu import server_sums, server_weights
+from rollflow.engines.gpu.told import read
 from rollflow.engines.weights import bucket_layout
 
 _32 = (1 << 32) - 1
@@ -140,6 +141,77 @@ def test_weights_on_a_cpu_are_left_to_sglang_s_checker():
     )
     theirs = {"checksums": {"norm": "12"}}
     assert server_weights._checking(lambda self: theirs, module)(checker) is theirs
+
+
+def checker_of(model, calls):
+    """SGLang's checker over a model of plain PyTorch, said to be on a GPU."""
+    module = SimpleNamespace(
+        _build_quantized_set=lambda model: {},
+        _build_check_entries=lambda state, skipped: (
+            calls.append("search")
+            or [SimpleNamespace(name=n, should_compare="inv_freq" not in n) for n in state]
+        ),
+        ChecksumInfo=lambda **facts: SimpleNamespace(model_dump=lambda: facts),
+    )
+
+    def state():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            yield name, SimpleNamespace(is_cuda=True, tensor=tensor)
+
+    checker = SimpleNamespace(
+        _get_model=lambda: model, _model_state=state, _parallelism_info=lambda: None
+    )
+    return server_weights._checking(lambda self: pytest.fail("left to SGLang"), module), checker
+
+
+def test_checksums_are_of_what_the_model_holds_now_and_it_is_searched_once():
+    linear, norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
+    model = torch.nn.Sequential(linear, norm)
+    model.register_buffer("inv_freq", torch.ones(2))
+    calls = []
+    check, checker = checker_of(model, calls)
+
+    def expected():
+        return {n: server_sums.checksums([p])[0] for n, p in model.named_parameters()}
+
+    first = check(checker)
+    assert first["checksums"] == expected()
+    assert first["per_gpu_checksum"] == server_weights._of_all(expected())
+    with torch.no_grad():
+        linear.weight.add_(1)
+    assert check(checker)["checksums"] == expected() != first["checksums"]
+    assert calls == ["search"]
+    norm.bias = torch.nn.Parameter(torch.ones(2))
+    assert check(checker)["checksums"] == expected()
+    assert calls == ["search"] * 2
+
+
+@pytest.mark.parametrize("success", [True, False])
+@pytest.mark.parametrize("version", [None, "7"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_answer_to_the_last_bucket_tells_what_the_server_holds(
+    monkeypatch, success, version, ranks
+):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
+    done = []
+    runner = SimpleNamespace(check_weights=lambda action: {"checksums": {"norm": action}})
+    manager = SimpleNamespace(
+        draft_worker=None,
+        tp_cpu_group=None,
+        tp_worker=SimpleNamespace(model_runner=runner),
+        flush_cache=lambda empty_cache: done.append(empty_cache) or True,
+    )
+    answer = SimpleNamespace(success=success, message="Success")
+    tell = server_weights._telling(lambda self, request: answer)
+    tell(manager, SimpleNamespace(weight_version=version))
+    found = read(answer.message + f" Weight version updated to {version}.")
+    if success and version and ranks == 1:
+        assert found is not None
+        assert (found.checksums, found.flushed, done) == ({"norm": "checksum"}, True, [False])
+        assert found.is_called(7)
+        assert not found.is_called(8)
+    else:
+        assert (found, done, answer.message) == (None, [], "Success")
 
 
 def test_the_sum_of_all_checksums_does_not_depend_on_their_order():

@@ -1,6 +1,7 @@
 """Weights reach servers whole, are verified there, and no server can hold up another."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import pickle
@@ -16,8 +17,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rollflow.engines import weights
-from rollflow.engines.checksums import Tally, server_name, weights_digest
+from rollflow.engines.checksums import Tally, server_name, tally_of, weights_digest
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.gpu.told import told
 from rollflow.engines.rollout.ports import PortLease
 from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.server import wait_until_up
@@ -52,6 +54,9 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.weights, self.spoil = {}, False
+        self.tells = {}
+        """Of the answer to the last bucket: ``flushed``, and the version that it names; empty where
+        it is no server of ours."""
         self.calls = []
         """Requests in order: loads, and flushes, the first of which finds the server busy."""
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -66,6 +71,13 @@ class FakeServer(ThreadingHTTPServer):
         assert not body["flush_cache"]
         self.calls.append("load")
         self.version = body.get("weight_version", self.version)
+
+    def message(self, body):
+        if "weight_version" not in body:
+            return "Success"
+        version = f" Weight version updated to {self.tells.get('version', self.version)}."
+        ours = told(self.checksums(), flushed=self.tells["flushed"]) if self.tells else ""
+        return f"Success{ours}{version}"
 
     def checksums(self):
         parts = {}
@@ -97,11 +109,13 @@ class FakeHandler(BaseHTTPRequestHandler):
             return self.answer({}, 200 if self.fake.calls.count("flush") > 1 else 400)
         if self.path == "/update_weights_from_tensor":
             self.fake.load(body)
-            return self.answer({"success": True})
+            return self.answer({"success": True, "message": self.fake.message(body)})
+        self.fake.calls.append("check")
         assert (self.path, body) == ("/weights_checker", {"action": "checksum"})
         return self.answer({"ranks": [{"checksums": self.fake.checksums()}]})
 
     def do_GET(self):
+        self.fake.calls.append("info")
         self.answer({"weight_version": self.fake.version})
 
     def answer(self, content, status=200):
@@ -173,9 +187,71 @@ def test_every_server_gets_all_weights_and_the_version(named, servers, monkeypat
         assert server.version == "7"
         assert all(torch.equal(server.weights[name], tensor) for name, tensor in named)
         loads = server.calls.count("load")
-        assert server.calls == ["load"] * loads + ["flush"] * 2
+        assert server.calls[:loads] == ["load"] * loads
+        assert sorted(server.calls[loads:]) == ["check", "flush", "flush", "info"]
     open_files = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
     assert not any("rollflow-weights" in name for name in open_files)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1 << 30, 300])
+def test_a_server_that_tells_what_it_holds_is_asked_for_nothing_else(named, servers, bucket_bytes):
+    servers[0].tells = {"flushed": True}
+    push(named, [servers[0].url], 7, timeout_s=10, bucket_bytes=bucket_bytes)
+    assert set(servers[0].calls) == {"load"}
+
+
+@pytest.mark.parametrize(
+    ("tells", "asked"),
+    [({"flushed": False}, {"flush"}), ({"flushed": True, "version": 6}, {"info"})],
+)
+def test_a_server_is_asked_for_what_it_did_not_tell(named, servers, tells, asked):
+    servers[0].tells = tells
+    assert push(named, [servers[0].url], 7, timeout_s=10).servers
+    assert set(servers[0].calls) == {"load"} | asked
+
+
+def test_a_server_that_tells_that_it_holds_something_else_stops_the_run(named, servers):
+    servers[0].tells, servers[0].spoil = {"flushed": True}, True
+    with pytest.raises(WeightMismatchError, match=r"first model\.norm\.weight"):
+        push(named, [servers[0].url], 1, timeout_s=10)
+
+
+def test_parcels_are_packed_ahead_one_at_a_time_and_given_up_at_the_end(named, servers):
+    packed = []
+
+    @contextlib.contextmanager
+    def watched(bucket):
+        packed.append(len(bucket))
+        with weights.mapped_file(bucket) as post:
+            yield post
+        packed.append(-len(bucket))
+
+    parcels = weights.Parcels(named, watched, 300)
+    parcels.pack()
+    parcels.pack()
+    assert packed == [1]
+    tally = tally_of(named, for_servers=True)
+    result = push(named, [servers[0].url], 2, timeout_s=10, counted=tally, parcels=parcels)
+    assert result.servers == (servers[0].url,)
+    assert all(torch.equal(servers[0].weights[name], tensor) for name, tensor in named)
+    assert packed[1::2] == [-n for n in packed[::2]]
+    assert sum(packed[::2]) == len(named)
+    assert 0 <= result.parts["pack"] < parcels.seconds["pack"]
+
+
+def test_parcels_that_nobody_sends_are_given_up(named):
+    given_up = []
+
+    @contextlib.contextmanager
+    def watched(bucket):
+        yield lambda client, version: None
+        given_up.append(bucket)
+
+    parcels = weights.Parcels(named, watched)
+    parcels.pack()
+    assert given_up == []
+    parcels.close()
+    assert len(given_up) == 1
 
 
 def test_a_dead_and_a_silent_server_are_named_and_the_rest_proceed(named, servers):
