@@ -133,6 +133,7 @@ def bench(
     shape: list[str] | None = None,
     new_tokens: int | None = None,
     steps: int | None = None,
+    part: list[str] | None = None,
 ) -> None:
     """Measure where an iteration's time goes and what the recovery from a kill takes.
 
@@ -144,12 +145,14 @@ def bench(
     shape: of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
     new_tokens: of each answer in the whole iterations of such a shape; 512 unless given.
     steps: whole iterations of such a shape; 8 unless given, of which the first 3 are not counted.
+    part: of such a shape: "training alone", "generation alone", "whole iterations" or
+        "training, not deterministic"; all unless given.
     """
     server.use_server()
     from .bench import run_bench
 
-    given = {"new_tokens": new_tokens, "steps": steps}
-    size = {name: number for name, number in given.items() if number is not None}
+    given = {"new_tokens": new_tokens, "steps": steps, "parts": part}
+    size = {name: value for name, value in given.items() if value is not None}
     asyncio.run(run_bench(only or [], output, console, shape or [], size))
 
 

@@ -29,7 +29,7 @@ async def run_bench(
     output: Path,
     console: Console,
     shapes: Sequence[str] = (),
-    size: Mapping[str, int] | None = None,
+    size: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure the parts named in ``only``, or all but those on request; print and write the figures.
 

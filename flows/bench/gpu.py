@@ -57,10 +57,16 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How long the whole iterations are, and how many."""
+    """How long the whole iterations are, and how many; which parts are measured, all where it is empty."""
 
     new_tokens: int = NEW_TOKENS
     steps: int = 8
+    parts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.parts:
+            if name not in (known := [known for known, *_ in PARTS]):
+                raise ValueError(f"--part {name!r}: no such part; there are {'; '.join(known)}")
 
 
 async def measure(
@@ -83,6 +89,8 @@ async def measure(
             continue
         found: dict[str, Any] = {}
         for name, seconds, part in PARTS:
+            if size.parts and name not in size.parts:
+                continue
             gone_s = time.perf_counter() - started
             if gone_s + seconds > LIMIT_S and not (shape == shapes[0] and part in NEEDED):
                 console.print(f"bench gpu: {gone_s:.0f} s are gone, no time for {shape}: {name}")

@@ -1,16 +1,17 @@
 """What the GPU's bench decides before and beside measuring; it needs no GPU here."""
 
+import pytest
 from rich.console import Console
 
 from rollflow.flows.bench import gpu
 
 
-async def measured(monkeypatch, memory_gib, parts):
+async def measured(monkeypatch, memory_gib, parts, *only):
     monkeypatch.setattr(gpu, "gpu_name", lambda: "a card")
     monkeypatch.setattr(gpu, "gpu_memory_gib", lambda: memory_gib)
     monkeypatch.setattr(gpu, "hbm_bytes_per_s", lambda: 1e12)
     monkeypatch.setattr(gpu, "PARTS", parts)
-    return await gpu.measure(Console(quiet=True), ("0.6b", "4b"))
+    return await gpu.measure(Console(quiet=True), ("0.6b", "4b"), gpu.Size(parts=only))
 
 
 async def speed(shape, size):
@@ -31,6 +32,14 @@ async def test_a_part_that_fails_is_named_and_the_others_are_measured(monkeypatc
     facts = await measured(monkeypatch, 80.0, parts)
     assert facts["0.6b"]["failed"] == {"training alone": "a gate"}
     assert facts["0.6b"]["sync_ms"] == 1.0
+
+
+async def test_only_the_parts_that_are_asked_for_are_measured(monkeypatch):
+    parts = (("training alone", 1, broken), ("whole iterations", 1, speed))
+    facts = await measured(monkeypatch, 80.0, parts, "whole iterations")
+    assert facts["0.6b"] == {"trl_iteration_s": None, "sync_ms": 1.0}
+    with pytest.raises(ValueError, match="no such part; there are training alone; whole"):
+        gpu.Size(parts=["iterations"])
 
 
 def test_longer_answers_are_packed_fewer_to_a_micro_batch_of_the_same_tokens(monkeypatch, tmp_path):
