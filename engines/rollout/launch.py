@@ -36,11 +36,13 @@ if ON_CPU and __name__ == "__mp_main__":
 elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import sampler as _sampler
     from rollflow.engines.gpu import server_answers as _server_answers
+    from rollflow.engines.gpu import server_heads as _server_heads
     from rollflow.engines.gpu import server_weights as _server_weights
 
     _sampler.install()
     _server_weights.install()
     _server_answers.install()
+    _server_heads.install()
 
 
 def main() -> int:

@@ -116,3 +116,42 @@ def test_draws_over_a_large_vocabulary_reach_all_of_it_and_differ_by_row_and_cal
     assert drawn.unique().numel() > 0.85 * len(drawn)
     assert abs(float(drawn.mean()) / 151935 - 0.5) < spread * 12**-0.5
     assert abs(float(drawn.std()) / 151935 - 12**-0.5) < spread * 12**-0.5
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(16, 8, 128), (4, 1, 16)])
+@pytest.mark.parametrize(("kind", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_heads_are_normalised_and_rotated_and_fill_the_cache(heads, groups, size, kind, apart):
+    from rollflow.engines.gpu.heads_kernel import queries_of
+
+    if INTERPRETED and kind is torch.bfloat16:
+        pytest.skip("the interpreter cuts bits off where a GPU rounds")
+    torch.manual_seed(0)
+    tokens, slots, length = 5, 40, 20
+    qkv = torch.randn(tokens, (heads + 2 * groups) * size).to(kind)
+    weights = [torch.rand(size).to(kind) + 0.5 for _ in range(2)]
+    angles = torch.outer(torch.arange(length), 1e4 ** -(torch.arange(size // 2) / (size // 2)))
+    cos, sin = angles.cos(), angles.sin()
+    positions, places = torch.randint(length, (tokens,)), torch.randperm(slots)[:tokens]
+
+    def rotated(x, weight):
+        x = x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+        first, second = x.to(kind).float().chunk(2, -1)
+        c, s = (t[positions][:, None] for t in (cos, sin))
+        return torch.cat([first * c - second * s, second * c + first * s], -1)
+
+    by_head = qkv.view(tokens, -1, size)
+    query, key, value = by_head.split([heads, groups, groups], 1)
+    cache = [torch.full((slots, groups, size), 7.0).to(DEVICE, kind) for _ in range(2)]
+    cos_sin = torch.cat([cos, sin], -1)
+    norms = weights[0].to(DEVICE), weights[1].to(DEVICE), 1e-6
+    at = (t.to(DEVICE) for t in (cos_sin, positions, places))
+    found = queries_of(qkv.to(DEVICE), norms, *at, *cache)
+    keys, values = (c.cpu() for c in cache)
+    expected = rotated(query, weights[0]).flatten(1)
+    assert (found.cpu().float() - expected).norm() < apart * expected.norm()
+    expected = rotated(key, weights[1])
+    assert (keys[places].float() - expected).norm() < apart * expected.norm()
+    assert torch.equal(values[places], value)
+    others = torch.ones(slots).bool().index_fill(0, places, False)
+    assert (keys[others] == 7).all()
+    assert (values[others] == 7).all()

@@ -1,0 +1,107 @@
+"""Queries and keys normalised and rotated, keys and values put into their cache, in one pass. Needs Triton."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HEADS = 8
+"""That one program takes."""
+
+
+def queries_of(
+    qkv_TC: Tensor,
+    weights: tuple[Tensor, Tensor, float],
+    cos_sin_PD: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    keys_SHD: Tensor,
+    values_SHD: Tensor,
+) -> Tensor:
+    """Rotated queries [T, H * D] of tokens' projections; keys and values go to ``slots_T`` of the cache.
+
+    ``qkv_TC`` has each token's queries, keys and values, head by head; ``weights`` are those of the RMS
+    norms of queries and keys, and its epsilon; ``cos_sin_PD`` has by position the cosines of half a head,
+    then the sines, float32. What is between norm and rotation is rounded, as by kernels of their own.
+    """
+    tokens, (_, groups, size) = len(qkv_TC), keys_SHD.shape
+    heads = qkv_TC.shape[1] // size - 2 * groups
+    queries_TC = qkv_TC.new_empty((tokens, heads * size))
+    if tokens:
+        kernel: Any = _prepare
+        kernel[(tokens, triton.cdiv(heads + 2 * groups, HEADS))](
+            qkv_TC,
+            queries_TC,
+            *weights[:2],
+            weights[2],
+            cos_sin_PD,
+            positions_T,
+            slots_T,
+            keys_SHD,
+            values_SHD,
+            qkv_TC.stride(0),
+            keys_SHD.stride(0),
+            values_SHD.stride(0),
+            QUERIES=heads,
+            GROUPS=groups,
+            HALF=size // 2,
+            HEADS=HEADS,
+            num_warps=2,
+        )
+    return queries_TC
+
+
+@triton.jit
+def _prepare(
+    qkv,  # noqa: ANN001 - Triton reads annotations
+    queries,  # noqa: ANN001
+    query_weight,  # noqa: ANN001
+    key_weight,  # noqa: ANN001
+    epsilon,  # noqa: ANN001
+    cos_sin,  # noqa: ANN001
+    positions,  # noqa: ANN001
+    slots,  # noqa: ANN001
+    keys,  # noqa: ANN001
+    values,  # noqa: ANN001
+    row,  # noqa: ANN001
+    key_row,  # noqa: ANN001
+    value_row,  # noqa: ANN001
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.cast(tl.program_id(0), tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    there = (head < QUERIES + 2 * GROUPS) & (i < HALF)
+    is_query = head < QUERIES
+    is_key = (head >= QUERIES) & (head < QUERIES + GROUPS)
+    is_value = (head >= QUERIES + GROUPS) & there
+
+    source = qkv + token * row + head * 2 * HALF + i
+    first = tl.load(source, mask=there, other=0).to(tl.float32)
+    second = tl.load(source + HALF, mask=there, other=0).to(tl.float32)
+    kind = queries.dtype.element_ty
+    scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (2 * HALF) + epsilon)
+    query_1, query_2 = tl.load(query_weight + i), tl.load(query_weight + HALF + i)
+    key_1, key_2 = tl.load(key_weight + i), tl.load(key_weight + HALF + i)
+    weight_1 = tl.where(is_query, query_1, key_1).to(tl.float32)
+    weight_2 = tl.where(is_query, query_2, key_2).to(tl.float32)
+    x = (first * scale[:, None] * weight_1).to(kind).to(tl.float32)
+    y = (second * scale[:, None] * weight_2).to(kind).to(tl.float32)
+
+    turn = cos_sin + tl.load(positions + token).to(tl.int64) * 2 * HALF + i
+    cos, sin = tl.load(turn), tl.load(turn + HALF)
+    x, y = x * cos - y * sin, y * cos + x * sin
+    target = queries + token * QUERIES * 2 * HALF + head * 2 * HALF + i
+    tl.store(target, x.to(kind), mask=is_query)
+    tl.store(target + HALF, y.to(kind), mask=is_query)
+    slot = tl.load(slots + token).to(tl.int64)
+    target = keys + slot * key_row + (head - QUERIES) * 2 * HALF + i
+    tl.store(target, x.to(kind), mask=is_key)
+    tl.store(target + HALF, y.to(kind), mask=is_key)
+    target = values + slot * value_row + (head - QUERIES - GROUPS) * 2 * HALF + i
+    tl.store(target, first.to(kind), mask=is_value)
+    tl.store(target + HALF, second.to(kind), mask=is_value)
