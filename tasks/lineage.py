@@ -1,8 +1,6 @@
 """What a sample did to the weights, by the trainer's own functions on the stored batch."""
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +45,7 @@ def influence(
 
     ``settings`` are those of the run whose step it is.
     """
-    with _quiet():
-        from rollflow.engines.megatron.batch import Row, cut_mini_batches
+    from rollflow.engines.megatron.rows import Row, cut_mini_batches
 
     rows = _rows(settings, step, list(samples_of(store, step)))
     metrics = step.record.ref.metrics
@@ -76,8 +73,7 @@ def _rows(
     settings: Mapping[str, Any], step: TrainedStep, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """The trainer's rows by sample id; a sample that was not trained on has none."""
-    with _quiet():
-        from rollflow.engines.megatron.batch import make_rows
+    from rollflow.engines.megatron.rows import make_rows
 
     config = _algorithm(settings)
     rows = iter(make_rows(samples, config, step.record.ref.step, _own_advantage(config)))
@@ -99,14 +95,6 @@ def _is_of(row: Any, sample: Sample, tokens: list[int]) -> bool:
     return (
         is_trained and row.episode_id == sample.episode_id and row.tokens_t.tolist() == tokens[:-1]
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """megatron-core warns at import about what is not installed; a reader of a log needs none of it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _weights(settings: Mapping[str, Any], rows: Sequence[Any]) -> list[float]:

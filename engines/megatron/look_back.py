@@ -15,10 +15,11 @@ from rollflow.engines.algorithms.mismatch import mismatch_metrics
 from rollflow.engines.algorithms.policy import compute_advantages, needs
 from rollflow.engines.algorithms.returns import whiten
 
-from .batch import MicroBatch, Row
+from .batch import MicroBatch
 from .forward import all_reduce_data, logprobs_of, reduce_over_ranks, values_of
 from .gates import check_mismatch
 from .learner import Learner
+from .rows import Row
 
 
 @dataclass(frozen=True)

@@ -9,30 +9,18 @@ The choice travels with the packed row that every layer is given. So a layer fin
 whatever order micro-batches are run forward, backward and, under recomputation, forward again.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from rollflow.storage.samples import EXPERTS_DTYPE, Sample
+from .rows import Experts
 
 SETTING = "moe_enable_routing_replay"
 """Of megatron-core: each router gets an object that can answer in its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """What a model's routers choose from."""
-
-    layers: int
-    """All layers of the model, those without experts too."""
-    per_token: int
-    count: int
 
 
 def experts_of(config: Any) -> Experts:
@@ -55,33 +43,6 @@ def replay_routers(chunks: list[Any]) -> None:
         for layer in chunk.modules():
             if isinstance(getattr(getattr(layer, "mlp", None), "router", None), TopKRouter):
                 layer.register_forward_pre_hook(_follow, with_kwargs=True)
-
-
-def sample_experts(sample: Sample, experts: Experts) -> Tensor:
-    """The choice that is stored with a sample, int16 [tokens - 1, layers, experts per token].
-
-    Raises:
-        ValueError: the sample has none, or none that this model can have made; names the sample.
-    """
-    tokens = len(sample.prompt_ids) + len(sample.response_ids) - 1
-    if sample.routed_experts is None:
-        raise ValueError(
-            f"sample {sample.sample_id} has no routed_experts, which trainer.router_replay needs; was it "
-            "set when the sample was made, and does the generate function hand on what "
-            "engine.generate gave?"
-        )
-    found = np.frombuffer(sample.routed_experts, EXPERTS_DTYPE)
-    if found.size != (wanted := tokens * experts.layers * experts.per_token):
-        raise ValueError(
-            f"sample {sample.sample_id}: routed_experts has {found.size} numbers where {tokens} tokens, "
-            f"{experts.layers} layers and {experts.per_token} experts a token make {wanted}; "
-            "they are of another model, or of another text than the sample's"
-        )
-    if found.size and (largest := int(found.max())) >= experts.count:
-        raise ValueError(
-            f"sample {sample.sample_id}: routed_experts names expert {largest} of {experts.count}"
-        )
-    return torch.from_numpy(found.astype(np.int16)).view(tokens, experts.layers, experts.per_token)
 
 
 def on_the_row(experts_SLK: Tensor, source_T: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from rollflow.engines.algorithms.metrics import Metrics
 from rollflow.engines.algorithms.policy import compute_loss, compute_value_loss, needs
 from rollflow.storage.samples import Sample
 
-from .batch import MicroBatch, Row, cut_mini_batches, make_micro_batches, make_rows, scored_rewards
+from .batch import MicroBatch, make_micro_batches
 from .critic import Critic
 from .forward import accumulate_gradients, accumulate_value_gradients, reduce_over_ranks
 from .gates import check_first_update
@@ -26,6 +26,7 @@ from .look_back import Work, agreement, check_agreement, look_back, needs_own_pa
 from .optimizer import update
 from .parallel import row_layout
 from .router_replay import experts_of
+from .rows import Row, cut_mini_batches, make_rows, scored_rewards
 
 
 def train_on(learner: Learner, samples: Sequence[Sample], step: int) -> dict[str, float]:

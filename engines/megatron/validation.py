@@ -7,9 +7,9 @@ from rollflow.engines.algorithms.config import SftConfig
 from rollflow.engines.algorithms.metrics import Metrics, mean_of
 from rollflow.storage.samples import Sample
 
-from .batch import make_rows
 from .forward import logprobs_of, reduce_over_ranks
 from .learner import Learner
+from .rows import make_rows
 from .step import cut_micro_batches
 
 

@@ -5,12 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollflow.engines.algorithms.config import GrpoConfig, SftConfig
-from rollflow.engines.megatron.batch import (
-    cut_mini_batches,
-    make_micro_batches,
-    make_rows,
-    plan_micro_batches,
-)
+from rollflow.engines.megatron.batch import make_micro_batches, plan_micro_batches
+from rollflow.engines.megatron.rows import cut_mini_batches, make_rows
 from rollflow.storage.samples import Status
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)

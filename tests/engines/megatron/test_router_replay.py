@@ -13,7 +13,8 @@ from rollflow.engines.algorithms.config import GrpoConfig
 from rollflow.engines.checksums import server_name
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.megatron.config import TrainerConfig
-from rollflow.engines.megatron.router_replay import Experts, on_the_row, sample_experts
+from rollflow.engines.megatron.router_replay import on_the_row
+from rollflow.engines.megatron.rows import Experts, sample_experts
 from rollflow.engines.rollout.client import GenerateClient
 from rollflow.engines.rollout.experts import SWITCH, went_on
 from rollflow.engines.rollout.ports import PortLease
