@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
@@ -33,6 +34,9 @@ STOP_TIMEOUT_S = 60.0
 
 LOST_ENGINE = (EngineDiedError, DeadlineError, ServerError, GenerationError, RayError)
 """Faults of processes and machines. A gate or a damaged log is none: trying again cannot help."""
+SIGNALLED = (asyncio.CancelledError, KeyboardInterrupt, TerminationSignal)
+"""What SIGINT and SIGTERM raise. Whoever sends one to the whole process group, as systemd and `timeout`
+do, ends the head of a private Ray too."""
 
 
 class StartError(RuntimeError):
@@ -64,7 +68,7 @@ async def running_engines(
     ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
     first weights until :func:`restore_checkpoint`.
     """
-    ref = cluster.connect(config.cluster, _own_name(plan.run))
+    ref, signalled = cluster.connect(config.cluster, _own_name(plan.run)), False
     own_servers = rollout and bool(config.rollout.tables({}))
     engines = Engines(
         cluster=ref,
@@ -80,8 +84,14 @@ async def running_engines(
         except LOST_ENGINE as error:
             raise StartError(f"the engines did not start: {error}") from error
         yield engines
+    except SIGNALLED:
+        signalled = True
+        raise
     finally:
-        await stop_engines(engines)
+        if signalled and ref.temp_dir:
+            cluster.disconnect(ref)  # it ends everything; no call may reach it any more
+        else:
+            await stop_engines(engines)
 
 
 @task(name="start engines", cache_policy=NO_CACHE)
