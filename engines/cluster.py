@@ -65,6 +65,10 @@ def connect(config: ClusterConfig, namespace: str) -> ClusterRef:
 
     A private Ray ends with this process, and with it every engine. Its folder is short because
     Unix sockets inside it may not exceed 107 bytes. Ray asks for its token (``~/.ray/auth_token``).
+
+    Raises:
+        DeadlineError: a private one did not come up.
+        RuntimeError: nobody listens at ``config.address``.
     """
     if ray.is_initialized():
         ray.shutdown()
@@ -94,9 +98,11 @@ def _start(config: ClusterConfig, namespace: str) -> str:
     temp_dir = tempfile.mkdtemp(prefix="rf-")
     try:
         _start_private(namespace, temp_dir, detect(config.device).gpus)
-    except BaseException:  # a signal too: what was started must not outlive us
+    except BaseException as error:  # a signal too: what was started must not outlive us
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
+        if type(error) is Exception:  # as Ray's are that found no answer in its time
+            raise DeadlineError(f"a private Ray did not start: {error}") from error
         raise
     return temp_dir
 

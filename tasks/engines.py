@@ -68,7 +68,10 @@ async def running_engines(
     ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
     first weights until :func:`restore_checkpoint`.
     """
-    ref, signalled = cluster.connect(config.cluster, _own_name(plan.run)), False
+    try:
+        ref, signalled = cluster.connect(config.cluster, _own_name(plan.run)), False
+    except DeadlineError as error:
+        raise StartError(f"the engines did not start: {error}") from error
     own_servers = rollout and bool(config.rollout.tables({}))
     engines = Engines(
         cluster=ref,

@@ -22,3 +22,14 @@ def test_sigterm_is_left_to_whoever_has_it(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     cluster.connect(ClusterConfig(), "test")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_ray_that_does_not_come_up_is_told_in_a_line_and_leaves_no_folder(monkeypatch, tmp_path):
+    def overloaded(*_):
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr(cluster, "_start_private", overloaded)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(cluster.DeadlineError, match="did not start: the node timed out"):
+        cluster.connect(ClusterConfig(device="cpu"), "test")
+    assert list(tmp_path.iterdir()) == []
