@@ -66,6 +66,7 @@ def translate(*words: Words) -> None:
     ----------
     words: the script's arguments, as they are.
     """
+    from .arguments import build_config
     from .from_slime import from_slime, to_toml
 
     found = from_slime(words)
@@ -73,6 +74,11 @@ def translate(*words: Words) -> None:
         print(f"# not translated: --{word}: {why}")
     for word, why in sorted(found.implied.items()):
         print(f"# no word of its own: --{word}: {why}")
+    try:
+        build_config(found.tree)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"# to be mended: {line}")
     print(to_toml(found.tree), end="")
 
 

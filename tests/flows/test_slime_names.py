@@ -7,6 +7,7 @@ import pytest
 
 from rollflow.engines.rollout.config import RolloutConfig
 from rollflow.flows.arguments import build_config, overlay
+from rollflow.flows.cli_config import translate
 from rollflow.flows.config import SLIME_NAMES, RunConfig
 from rollflow.flows.from_slime import from_slime, to_toml
 from tests.flows.least import BASE
@@ -176,3 +177,10 @@ def test_partial_rollout_without_over_sampling_cuts_nothing_and_says_so():
     found = from_slime(words)
     assert "early_stop" not in found.tree["rollout"]
     assert "none is cut" in found.implied["partial-rollout"]
+
+
+def test_what_rollflow_would_refuse_is_told_beside_the_translation(capsys):
+    translate("--hf-checkpoint", "m", "--prompt-data", "d.jsonl", "--num-rollout", "10")
+    told = capsys.readouterr().out
+    assert "# to be mended: rollout.reward: Field required" in told
+    assert tomllib.loads(told)["steps"] == 10
