@@ -24,6 +24,11 @@ class Platform:
     gpus: int = 0
     """GPUs that torch sees on this machine."""
 
+    @property
+    def own_backend(self) -> Literal["gloo", "nccl"]:
+        """That of a process group all of whose tensors are where the engines compute."""
+        return "nccl" if self.device == "cuda" else "gloo"
+
     def gpus_per_engine(self, *, shared: bool) -> float:
         """GPUs that Ray reserves for one trainer rank or one single-GPU server.
 

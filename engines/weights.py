@@ -157,14 +157,7 @@ def push(
     told: dict[str, Told | None] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(parcels))
-        # Servers speak plain HTTP; a context without authorities spares reading all of them.
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        clients = {
-            url: stack.enter_context(
-                httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, verify=tls)
-            )
-            for url in urls
-        }
+        clients = {url: stack.enter_context(client_of(url, timeout_s)) for url in urls}
         pool = stack.enter_context(ThreadPoolExecutor(max(1, len(urls))))
 
         def each(act: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -206,6 +199,13 @@ def _added_to(parts: dict[str, float], name: str) -> Iterator[None]:
         parts[name] += time.perf_counter() - started
 
 
+def client_of(url: str, timeout_s: float) -> httpx.Client:
+    """A client of one server, whose waits end after ``timeout_s`` seconds."""
+    # Servers speak plain HTTP; a context without authorities spares reading all of them.
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, verify=tls)
+
+
 def settle(
     client: httpx.Client,
     checksums: Mapping[str, str],
@@ -242,7 +242,7 @@ def verify(client: httpx.Client, checksums: Mapping[str, str], version: int | st
 
 
 def _holds(client: httpx.Client, checksums: Mapping[str, str], version: int | str) -> None:
-    answer = _ok(client.post("/weights_checker", json={"action": "checksum"})).json()
+    answer = ok(client.post("/weights_checker", json={"action": "checksum"})).json()
     for rank in answer["ranks"]:
         _compare(client, checksums, rank["checksums"], version)
 
@@ -263,7 +263,7 @@ def _compare(
 
 
 def _called(client: httpx.Client, version: int | str) -> None:
-    told = _ok(client.get("/model_info")).json().get("weight_version")
+    told = ok(client.get("/model_info")).json().get("weight_version")
     if told != str(version):
         raise WeightMismatchError(
             f"server {client.base_url} says weight version {told!r} after version {version} was "
@@ -340,7 +340,7 @@ def post_tensors(payload: str, client: httpx.Client, version: int | None) -> Tol
     }
     if version is not None:
         body["weight_version"] = str(version)
-    answer = _ok(client.post("/update_weights_from_tensor", json=body)).json()
+    answer = ok(client.post("/update_weights_from_tensor", json=body)).json()
     return read(answer.get("message", ""))
 
 
@@ -361,10 +361,11 @@ def flush(client: httpx.Client) -> None:
                 f"was given new weights: {answer.text[:300]}"
             )
         time.sleep(FLUSH_AGAIN_S)
-    _ok(answer)
+    ok(answer)
 
 
-def _ok(response: httpx.Response) -> httpx.Response:
+def ok(response: httpx.Response) -> httpx.Response:
+    """The response; WeightMismatchError where the server refused."""
     if response.is_error:
         raise WeightMismatchError(
             f"server {response.url} answered {response.status_code}: {response.text[:300]}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rollflow.engines import meeting
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.export import save_hugging_face
@@ -38,7 +39,7 @@ def export_under_torchrun(config: ConvertConfig, megatron: dict[str, Any]) -> No
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # torchrun's own store listens there already.
-    store = parallel.connect_store(f"{host}:{port}", TIMEOUT_S)
+    store = meeting.connect_store(f"{host}:{port}", TIMEOUT_S)
     export_as_rank(config, megatron, store, rank, world_size)
 
 

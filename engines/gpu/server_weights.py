@@ -117,17 +117,26 @@ def _loading(load: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool,
     return load_bucket
 
 
+def is_alone(manager: Any) -> bool:
+    """Whether the scheduler of this updater holds all weights of its server, and no others."""
+    return (
+        manager.draft_worker is None and torch.distributed.get_world_size(manager.tp_cpu_group) == 1
+    )
+
+
+def tell(manager: Any) -> str:
+    """What the server of this updater, which is alone, holds now; it forgets keys and values of older weights."""
+    flushed = bool(manager.flush_cache(empty_cache=False))
+    found = manager.tp_worker.model_runner.check_weights(action="checksum")
+    return told(found["checksums"], flushed=flushed)
+
+
 def _telling(update: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def update_weights_from_tensor(self: Any, recv_req: Any) -> Any:
         """SGLang's, which says what the server holds once the last bucket, with a version, is in."""
         answer = update(self, recv_req)
-        is_alone = (
-            self.draft_worker is None and torch.distributed.get_world_size(self.tp_cpu_group) == 1
-        )
-        if answer.success and recv_req.weight_version is not None and is_alone:
-            flushed = bool(self.flush_cache(empty_cache=False))
-            found = self.tp_worker.model_runner.check_weights(action="checksum")
-            answer.message += told(found["checksums"], flushed=flushed)
+        if answer.success and recv_req.weight_version is not None and is_alone(self):
+            answer.message += tell(self)
         return answer
 
     return update_weights_from_tensor

@@ -85,9 +85,9 @@ class TrainerRank:
     def address(self, host: str = "127.0.0.1") -> str:
         """Where the ranks meet, ``host:port``; called on rank 0, before :meth:`setup` of all."""
         self._load()
-        from . import parallel
+        from rollflow.engines import meeting
 
-        self._master = parallel.open_store(host)
+        self._master = meeting.open_store(host)
         return f"{host}:{self._master.port}"
 
     def setup(self, master: str) -> dict[str, Any]:

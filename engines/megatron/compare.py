@@ -12,11 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rollflow.engines import meeting
 from rollflow.engines.algorithms.config import SftConfig
 from rollflow.engines.config import ModelConfig
 from rollflow.storage.samples import Sample, Status
 
-from . import parallel
 from .config import GatesConfig, TrainerConfig
 from .rank import Rank
 
@@ -86,7 +86,7 @@ def _rank(model: Path, steps: int) -> Rank:
     return Rank.join(
         0,
         1,
-        parallel.open_store("127.0.0.1"),
+        meeting.open_store("127.0.0.1"),
         model=ModelConfig(path=str(model)),
         trainer=TrainerConfig(max_tokens_per_micro_batch=TOKENS),
         megatron={"lr": RATE, "weight_decay": 0.0, "clip_grad": 1.0},

@@ -51,7 +51,8 @@ class TrainerConfig(Config):
     step_timeout_s: float = Field(default=3600.0, gt=0)
     """Deadline of one train step, checkpoint or weight push."""
     push_timeout_s: float = Field(default=120.0, gt=0)
-    """Deadline of one rollout server to take and confirm a bucket of weights."""
+    """Deadline of one rollout server to take and confirm a bucket of weights, or all of them where they
+    are broadcast to GPUs."""
 
     @model_validator(mode="after")
     def _only_wsd_decays_at_its_end(self) -> "TrainerConfig":

@@ -3,7 +3,6 @@
 import datetime
 import os
 import random
-import socket
 from typing import Any
 
 import numpy as np
@@ -13,24 +12,12 @@ from megatron.core import parallel_state, tensor_parallel
 
 from rollflow.engines.cpu import megatron as cpu_support
 from rollflow.engines.cpu.megatron import cuda_means_cpu
+from rollflow.engines.meeting import TCPStore
 
 from .attention import Layout
 from .gloo import one_device
 from .model import Model
 from .settings import Settings
-
-TCPStore = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-
-def open_store(host: str) -> TCPStore:
-    """Rank 0's meeting point, on a free port of ``host`` alone, taken from here on.
-
-    Left to itself the store would listen on every interface.
-    """
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    descriptor = listener.detach()  # the store's from here on
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
 
 
 def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s: float) -> None:
@@ -40,6 +27,8 @@ def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if "nccl" in backend:
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        # As SGLang sets it: trainer and servers must agree on it when weights are broadcast.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         if on_loopback:
             os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -47,13 +36,6 @@ def join(store: TCPStore, rank: int, world_size: int, *, backend: str, timeout_s
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-
-
-def connect_store(master: str, timeout_s: float) -> TCPStore:
-    """A client of rank 0's meeting point ``host:port``."""
-    host, _, port = master.rpartition(":")
-    timeout = datetime.timedelta(seconds=timeout_s)
-    return TCPStore(host, int(port), is_master=False, timeout=timeout)
 
 
 def make_groups(settings: Settings, seed: int, *, timeout_s: float) -> None:

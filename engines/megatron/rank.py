@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from rollflow.engines import weights
+from rollflow.engines import channel as channels
+from rollflow.engines import meeting, weights
 from rollflow.engines.algorithms.config import AlgorithmConfig, SftConfig, own_function
 from rollflow.engines.algorithms.policy import needs
+from rollflow.engines.channel import Channel
 from rollflow.engines.checksums import Named, Tally, tally_of, weights_digest
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import load_hook
@@ -44,8 +46,16 @@ from .validation import validation_loss
 class Rank:
     """See :class:`.actor.TrainerRank`, which counts versions and reads batches."""
 
-    def __init__(self, learner: Learner, model: ModelConfig, shares_gpu: bool = False) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        model: ModelConfig,
+        shares_gpu: bool = False,
+        channel: Channel | None = None,
+    ) -> None:
         self._learner, self._model, self._shares_gpu = learner, model, shares_gpu
+        self._channel = channel
+        """To servers that have GPUs of their own, where this rank pushes to such."""
         self._memory = Turns(shares_gpu=shares_gpu)
         self._counted: Tally | GpuTally | None = None
         """Checksums of the weights as they are, where they are on a GPU and known."""
@@ -61,7 +71,7 @@ class Rank:
         cls,
         rank: int,
         world_size: int,
-        master: str | parallel.TCPStore,
+        master: str | meeting.TCPStore,
         *,
         model: ModelConfig,
         trainer: TrainerConfig,
@@ -85,7 +95,7 @@ class Rank:
         settings = split_settings(megatron)
         settings.data_parallel(world_size)
         timeout_s = trainer.step_timeout_s
-        store = parallel.connect_store(master, timeout_s) if isinstance(master, str) else master
+        store = meeting.connect_store(master, timeout_s) if isinstance(master, str) else master
         parallel.join(store, rank, world_size, backend=platform.backend, timeout_s=timeout_s)
         parallel.make_groups(settings, trainer.seed, timeout_s=timeout_s)
         built = build_model(model, settings, platform.device, router_replay=trainer.router_replay)
@@ -110,7 +120,9 @@ class Rank:
             own_advantage=_own(algorithm, "advantage"),
             own_loss=_own(algorithm, "loss"),
         )
-        return cls(learner, model, shares_gpu)
+        splits = platform.device == "cuda" and not shares_gpu and rank == 0
+        channel = Channel(platform.own_backend, trainer.push_timeout_s) if splits else None
+        return cls(learner, model, shares_gpu, channel)
 
     def describe(self) -> dict[str, Any]:
         """Facts about the rank, for reports."""
@@ -141,7 +153,7 @@ class Rank:
 
     def digest(self, like: str = "") -> str:
         """Name of the weights as they are, of the kind of ``like``. All ranks take part."""
-        if like or not self._shares_gpu:
+        if like or not self._keeps_export():
             return weights_digest(export_weights(self._learner.model), like)
         if self._counted is None:
             self._exported = list(export_weights(self._learner.model))
@@ -150,11 +162,27 @@ class Rank:
         self._pack()
         return digest
 
+    def _keeps_export(self) -> bool:
+        """Whether weights under their Hugging Face names are kept from the digest to the push. Those that
+        several ranks hold are not: all of them at once would be a model more on the GPU."""
+        splits = self._channel is not None and self._pushes
+        return self._shares_gpu or (splits and dist.get_world_size() == 1)
+
     def _pack(self) -> None:
-        """Make ready what a push begins with, while the server on this GPU takes its memory back."""
+        """Make ready what a push begins with: a server on this GPU takes its memory back meanwhile, those
+        on others still generate."""
         if self._pushes and self._exported and self._parcels is None:
-            self._parcels = weights.Parcels(self._exported, cuda_ipc, BUCKET_BYTES)
+            self._parcels = weights.Parcels(self._exported, *self._way)
             self._parcels.pack()
+
+    @property
+    def _way(self) -> tuple[weights.Transport, int]:
+        """How weights get to servers: (the transport, bytes of a bucket)."""
+        if self._channel is not None:
+            return self._channel.transport, channels.BUCKET_BYTES
+        if self._shares_gpu:
+            return cuda_ipc, BUCKET_BYTES
+        return weights.mapped_file, weights.BUCKET_BYTES
 
     def load(self, store: Store, checkpoint: CheckpointRef) -> None:
         """Go back to a checkpoint.
@@ -185,17 +213,19 @@ class Rank:
         publication = (
             Publication(place, version, Path(self._model.path)) if place and sends else None
         )
-        result = weights.push(
-            self._exported or export_weights(self._learner.model),
-            urls if sends else (),
-            version,
-            timeout_s=self._learner.trainer.push_timeout_s,
-            transport=cuda_ipc if self._shares_gpu else None,
-            counted=self._counted,
-            publication=publication,
-            bucket_bytes=BUCKET_BYTES if self._shares_gpu else weights.BUCKET_BYTES,
-            parcels=None if publication else self._parcels,
-        )
+        transport, bucket_bytes = self._way
+        named = self._exported or export_weights(self._learner.model)
+        rest: dict[str, Any] = {
+            "counted": self._counted,
+            "publication": publication,
+            "bucket_bytes": bucket_bytes,
+            "parcels": None if publication else self._parcels,
+        }
+        if self._channel is not None:
+            result = self._channel.push(named, urls, version, **rest)
+        else:
+            rest |= {"timeout_s": self._learner.trainer.push_timeout_s, "transport": transport}
+            result = weights.push(named, urls if sends else (), version, **rest)
         self._pushes = sends and bool(urls) and not publication
         self._forget_tensors()
         self._memory.pushed()
@@ -214,6 +244,8 @@ class Rank:
 
     def leave(self) -> None:
         """Take down the process groups."""
+        if self._channel is not None:
+            self._channel.close()
         for chunk in self._learner.model.chunks:
             for module in chunk.modules():
                 # The graph that hangs on it holds the model, where Python's collector cannot see.

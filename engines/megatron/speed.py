@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from rollflow.engines import meeting
 from rollflow.engines.algorithms.config import SftConfig
 from rollflow.engines.config import ModelConfig
 from rollflow.storage.samples import Sample, Status
 
-from . import parallel
 from .config import GatesConfig, TrainerConfig
 from .cost import row_flops
 from .model import read_hf_config
@@ -37,7 +37,7 @@ def measure(
     rank = Rank.join(
         0,
         1,
-        parallel.open_store("127.0.0.1"),
+        meeting.open_store("127.0.0.1"),
         model=ModelConfig(path=model_path, dtype="bfloat16", random_weights=True),
         trainer=TrainerConfig(
             max_tokens_per_micro_batch=tokens_per_micro_batch,

@@ -29,18 +29,22 @@ if ON_CPU and __name__ == "__mp_main__":
     from rollflow.engines.cpu import routed_experts as _routed_experts
     from rollflow.engines.cpu import seeded_sampling as _seeded_sampling
     from rollflow.engines.cpu import sglang as _cpu_support
+    from rollflow.engines.rollout import server_channel as _server_channel
 
     _cpu_support.install()
     _seeded_sampling.install()
     _routed_experts.install()
+    _server_channel.install()
 elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import sampler as _sampler
     from rollflow.engines.gpu import server_answers as _server_answers
     from rollflow.engines.gpu import server_heads as _server_heads
     from rollflow.engines.gpu import server_weights as _server_weights
+    from rollflow.engines.rollout import server_channel as _server_channel
 
     _sampler.install()
     _server_weights.install()
+    _server_channel.install()
     _server_answers.install()
     _server_heads.install()
 
@@ -72,11 +76,13 @@ def run_server(arguments: dict[str, Any]) -> None:
     if ON_CPU:
         from rollflow.engines.cpu import routed_experts, seeded_sampling
         from rollflow.engines.cpu import sglang as cpu_support
+        from rollflow.engines.rollout import server_channel
 
         cpu_support.install()
         cpu_support.fork_subprocesses()
         seeded_sampling.install()
         routed_experts.install()
+        server_channel.install()
     else:
         from rollflow.engines.gpu import sampler, server_answers, server_weights
 

@@ -16,6 +16,8 @@ TAIL_LINES = 15
 CUDA_ENV = {
     # /health answers without generating a token: a sleeping server has no memory to do it in.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+    # Where the ends of a broadcast of weights find each other; the bytes go from GPU to GPU.
+    "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
 }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from rollflow.engines import meeting
 from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.exporter import export_as_rank
-from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.megatron.model_parts import unwrapped
 from rollflow.engines.megatron.start import LEGACY
@@ -37,4 +37,4 @@ def export(
     world_size: int,
 ) -> None:
     """Be a rank of an export."""
-    export_as_rank(config, megatron, parallel.connect_store(master, 60), rank, world_size)
+    export_as_rank(config, megatron, meeting.connect_store(master, 60), rank, world_size)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rollflow.engines import meeting
 from rollflow.engines.algorithms.config import GrpoConfig
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.conversion.config import ConvertConfig
 from rollflow.engines.conversion.convert import convert
-from rollflow.engines.megatron import parallel
 from rollflow.engines.megatron.config import TrainerConfig
 from rollflow.storage.config import StoreConfig
 from rollflow.storage.integrity import ManifestError
@@ -210,7 +210,7 @@ def test_ranks_export_any_checkpoint_by_the_exporter_of_the_weight_sync(
         ranks.call("do", "save_legacy", str(tmp_path / "legacy"))
 
     def export(source, target, megatron, world_size):
-        store = parallel.open_store("127.0.0.1")
+        store = meeting.open_store("127.0.0.1")
         config = ConvertConfig(source=str(source), target=str(target), model=str(model_path))
         master = f"127.0.0.1:{store.port}"
         ranks.each("export", [(config, megatron, master, n, world_size) for n in range(world_size)])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rollflow.engines import meeting
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.cpu.megatron import cuda_means_cpu
 from rollflow.engines.megatron import parallel
@@ -30,7 +31,7 @@ LLAMA3 = {
 @pytest.fixture
 def build():
     settings = split_settings({})
-    parallel.join(parallel.open_store("127.0.0.1"), 0, 1, backend="gloo", timeout_s=60)
+    parallel.join(meeting.open_store("127.0.0.1"), 0, 1, backend="gloo", timeout_s=60)
 
     def make(path, seed=1, **config):
         parallel.parallel_state.destroy_model_parallel()

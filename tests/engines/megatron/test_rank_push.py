@@ -1,6 +1,7 @@
-"""A rank that shares its GPU with servers has what a push begins with ready before anybody waits for it."""
+"""What a push begins with is ready before anybody waits for it, and goes the way that suits the GPUs."""
 
 import contextlib
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ def events():
 
 
 @pytest.fixture
-def rank(monkeypatch, events, tmp_path):
+def make(monkeypatch, events, tmp_path):
     named = [("model.norm.weight", torch.ones(4)), ("lm_head.weight", torch.ones(4, 4))]
 
     @contextlib.contextmanager
@@ -37,6 +38,7 @@ def rank(monkeypatch, events, tmp_path):
     monkeypatch.setattr(module, "cuda_ipc", transport)
     monkeypatch.setattr(module.weights, "push", push)
     monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(module, "export_weights", lambda model: iter(named))
 
     class Learner:
@@ -45,7 +47,15 @@ def rank(monkeypatch, events, tmp_path):
         class trainer:
             push_timeout_s = 1.0
 
-    return module.Rank(Learner(), ModelConfig(path=str(tmp_path)), shares_gpu=True)  # pyright: ignore[reportArgumentType]
+    def build(**way):
+        return module.Rank(Learner(), ModelConfig(path=str(tmp_path)), **way)  # pyright: ignore[reportArgumentType]
+
+    return SimpleNamespace(rank=build, push=push, transport=transport)
+
+
+@pytest.fixture
+def rank(make):
+    return make.rank(shares_gpu=True)
 
 
 def test_after_the_first_push_the_first_bucket_is_packed_with_the_digest(rank, events):
@@ -78,4 +88,29 @@ def test_nothing_is_packed_where_no_server_is(rank, events):
     rank._forget()
     events.clear()
     rank.digest()
+    assert events == []
+
+
+def test_where_servers_have_gpus_of_their_own_weights_are_broadcast(make, events, monkeypatch):
+    class Channel:
+        transport = staticmethod(make.transport)
+
+        def push(self, named, urls, version, **rest):
+            events.append(f"to {len(urls)}")
+            return make.push(named, urls, version, parcels=rest["parcels"])
+
+    rank = make.rank(channel=Channel())
+    digest = rank.digest()
+    rank.push(["http://a", "http://b"], 1, "")
+    assert events == ["to 2", "pack", "load 1", "free"]
+    rank._forget()
+    events.clear()
+    assert rank.digest() == digest
+    assert events == ["pack"]
+    rank.push(["http://a", "http://b"], 2, "")
+    assert events == ["pack", "to 2", "load 2", "free"]
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    rank._forget()
+    events.clear()
+    assert rank.digest() == digest
     assert events == []
