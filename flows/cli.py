@@ -145,8 +145,8 @@ def bench(
     shape: of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
     new_tokens: of each answer in the whole iterations of such a shape; 512 unless given.
     steps: whole iterations of such a shape; 8 unless given, of which the first 3 are not counted.
-    part: of such a shape: "training alone", "generation alone", "whole iterations" or
-        "training, not deterministic"; all unless given.
+    part: of such a shape: "training alone", "generation alone", "whole iterations",
+        "training, not deterministic" or "split" (two GPUs); all unless given.
     """
     server.use_server()
     from .bench import run_bench

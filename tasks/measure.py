@@ -49,6 +49,23 @@ print(2 * source.nbytes / sorted(times)[6])
 """
 
 
+_LINK = """
+import time, torch
+source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda:0").random_()
+target = torch.empty_like(source, device="cuda:1")
+times = []
+for _ in range(12):
+    for gpu in range(2):
+        torch.cuda.synchronize(gpu)
+    begun = time.perf_counter()
+    target.copy_(source)
+    for gpu in range(2):
+        torch.cuda.synchronize(gpu)
+    times.append(time.perf_counter() - begun)
+print(source.nbytes / sorted(times)[6])
+"""
+
+
 def gpu_name() -> str:
     """Name of the GPU that torch sees first; empty where it sees none."""
     if detect().device == "cpu":
@@ -56,6 +73,11 @@ def gpu_name() -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+def gpu_count() -> int:
+    """GPUs that torch sees on this machine."""
+    return detect().gpus
 
 
 def gpu_memory_gib() -> float:
@@ -80,6 +102,11 @@ def generate_alone(model_path: str, **settings: Any) -> dict[str, Any]:
 def hbm_bytes_per_s() -> float:
     """What a copy inside the GPU's memory reaches, bytes read plus bytes written; in a process of its own."""
     return float(_alone(_COPY, ""))
+
+
+def link_bytes_per_s() -> float:
+    """What a copy from one GPU to another reaches, in a process of its own."""
+    return float(_alone(_LINK, ""))
 
 
 async def compare_training(model_path: str, steps: int, samples: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One GPU that trainer and server share: each of them alone, and whole iterations.
+"""One GPU that trainer and server share: each of them alone, and whole iterations; pushes from one GPU to another.
 
 A shape is measured in parts, smaller shapes first; each is printed as it ends, and none is begun that
 would not end in time.
@@ -25,9 +25,11 @@ from rollflow.storage.objects import Store
 from rollflow.storage.steps import read_steps
 from rollflow.tasks.measure import (
     generate_alone,
+    gpu_count,
     gpu_memory_gib,
     gpu_name,
     hbm_bytes_per_s,
+    link_bytes_per_s,
     train_alone,
 )
 
@@ -53,6 +55,9 @@ TRAINER_BYTES, SERVER_BYTES, ACTIVATIONS_GIB = 18, 2, 16
 """Of a parameter: bfloat16 weight, float32 gradient, master copy and two moments; the server's weight.
 What a step needs beside, which is more than a server's smallest useful cache."""
 REPEATS = 3
+SPLIT_NEW_TOKENS = 64
+"""Of an answer where weights are pushed from one GPU to another: what else a step does is as short."""
+SPLIT_PARTS = ("join", "export", "pack", "call", "broadcast", "load", "verify")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +214,34 @@ async def _run(shape: str, size: Size) -> dict[str, Any]:
     }
 
 
+async def _split(shape: str, size: Size) -> dict[str, Any]:
+    """Pushes of weights where the trainer has one GPU and the server another."""
+    if (gpus := gpu_count()) < 2:
+        return {"split": {"skipped": f"needs two GPUs, torch sees {gpus}"}}
+    words = ("--steps", str(size.steps), "--cluster.colocate", "false")
+    config = _config(shape, *words, new_tokens=SPLIT_NEW_TOKENS)
+    steps = (await train(config)).perf[SETTLED:]
+    weight_bytes, link = 2 * parameters(shape), link_bytes_per_s()
+    broadcast = weight_bytes / _median(steps, "perf/sync_broadcast_s")
+    found = {
+        "sync_ms": 1e3 * _median(steps, "perf/sync_s"),
+        "sync_pause_ms": 1e3 * _median(steps, "perf/sync_pause_s"),
+        "sync_parts_ms": {p: 1e3 * _median(steps, f"perf/sync_{p}_s") for p in SPLIT_PARTS},
+        "sync_gb_s": weight_bytes / _median(steps, "perf/sync_s") / 1e9,
+        "broadcast_gb_s": broadcast / 1e9,
+        "link_gb_s": link / 1e9,
+        "broadcast_fraction_of_link": broadcast / link,
+        "pushes": len(steps),
+    }
+    return {"split": found}
+
+
 PARTS = (
     ("training alone", 80, _training),
     ("generation alone", 110, _generation),
     ("whole iterations", 200, _run),
     ("training, not deterministic", 80, _not_deterministic),
+    ("split", 180, _split),
 )
 """(name, seconds that it takes at most with the starts of its processes, what measures it); the first
 start of a server on a machine may compile kernels for two minutes more."""

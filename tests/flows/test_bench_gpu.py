@@ -1,5 +1,7 @@
 """What the GPU's bench decides before and beside measuring; it needs no GPU here."""
 
+from types import SimpleNamespace
+
 import pytest
 from rich.console import Console
 
@@ -57,3 +59,29 @@ def test_shapes_have_the_sizes_of_their_names():
     assert 0.59e9 < gpu.parameters("0.6b") < 0.61e9
     assert 1.7e9 < gpu.parameters("1.7b") < 1.73e9
     assert 4.0e9 < gpu.parameters("4b") < 4.1e9
+
+
+async def test_pushes_from_one_gpu_to_another_need_two(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "gpu_memory_gib", lambda: 140.0)
+    monkeypatch.setattr(gpu, "link_bytes_per_s", lambda: 400e9)
+    parts = {"broadcast": 0.005, "": 0.010, "pause": 0.020}
+    perf = {f"perf/sync_{name}_s".replace("__", "_"): s for name, s in parts.items()}
+    perf |= {f"perf/sync_{name}_s": 0.0 for name in gpu.SPLIT_PARTS if name not in parts}
+    ran = []
+
+    async def train(config):
+        ran.append(config)
+        return SimpleNamespace(perf=[perf] * config.steps)
+
+    monkeypatch.setattr(gpu, "train", train)
+    monkeypatch.setattr(gpu, "gpu_count", lambda: 1)
+    assert "skipped" in (await gpu._split("0.6b", gpu.Size()))["split"]
+    assert not ran
+    monkeypatch.setattr(gpu, "gpu_count", lambda: 2)
+    found = (await gpu._split("0.6b", gpu.Size(steps=5)))["split"]
+    [config] = ran
+    assert (config.cluster.colocate, config.steps, found["pushes"]) == (False, 5, 2)
+    assert found["sync_ms"] == pytest.approx(10)
+    assert found["broadcast_gb_s"] == pytest.approx(2 * gpu.parameters("0.6b") / 0.005 / 1e9)
+    assert found["broadcast_fraction_of_link"] == pytest.approx(found["broadcast_gb_s"] / 400)
