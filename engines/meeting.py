@@ -1,11 +1,13 @@
 """Where processes meet: a store on loopback, and process groups that no other group knows of."""
 
+import contextlib
 import datetime
 import functools
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +29,10 @@ TIMEOUT, OVER, LAST = "timeout_s", "over", "last"
 """Keys in the store of such a group: for how many seconds a server may wait for anything; why all is
 over. What stands there for a bucket behind the last."""
 WATCHDOG_S = 60.0
-"""Seconds after which PyTorch ends a process whose operation on a GPU we did not end in time."""
+"""Seconds after our own deadline at which PyTorch gives an operation on a GPU up."""
+FATAL_ERRORS = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+"""Environment variable: whether PyTorch ends the process when an operation fails. A process group has
+it as it is when the group is made."""
 
 
 def open_store(host: str) -> TCPStore:
@@ -134,7 +139,8 @@ class End:
             nccl: Any = distributed_c10d.ProcessGroupNCCL
             options = nccl.Options()
             options._timeout = timeout + datetime.timedelta(seconds=WATCHDOG_S)
-            self._group = nccl(store, rank, size, options)
+            with _environment(FATAL_ERRORS, "0"):  # who dies must not take this process along
+                self._group = nccl(store, rank, size, options)
         # NCCL connects with the first operation.
         self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device))
 
@@ -147,6 +153,18 @@ class End:
     def _leave(self) -> None:
         self._abort()
         self._group = None
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 @functools.cache

@@ -76,7 +76,12 @@ class Server:
         model = ModelConfig(
             path=str(folder / MODEL / "model"), dtype="bfloat16", random_weights=True
         )
-        table = {"mem_fraction_static": 0.2, "disable_cuda_graph": True, "base_gpu_id": 1}
+        table = {
+            "mem_fraction_static": 0.2,
+            "disable_cuda_graph": True,
+            "grammar_backend": "none",
+            "base_gpu_id": 1,
+        }
         arguments = server_arguments(model, table, "cuda", port=self.lease.port, seed=0)
         self.process = OwnedProcess("server", arguments, folder / f"{name}.log", "cuda")
 
