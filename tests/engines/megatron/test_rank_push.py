@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from rollflow.engines import weights
+from rollflow.engines.channel import Channel
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.megatron import rank as module
+from rollflow.engines.rollout.ports import PortLease
+from rollflow.engines.rollout.process import OwnedProcess
+from rollflow.engines.rollout.server import wait_until_up
+from rollflow.engines.rollout.server_args import server_arguments
 from rollflow.engines.weights import PushResult
 
 
@@ -92,14 +97,14 @@ def test_nothing_is_packed_where_no_server_is(rank, events):
 
 
 def test_where_servers_have_gpus_of_their_own_weights_are_broadcast(make, events, monkeypatch):
-    class Channel:
+    class Fake:
         transport = staticmethod(make.transport)
 
         def push(self, named, urls, version, **rest):
             events.append(f"to {len(urls)}")
             return make.push(named, urls, version, parcels=rest["parcels"])
 
-    rank = make.rank(channel=Channel())
+    rank = make.rank(channel=Fake())
     digest = rank.digest()
     rank.push(["http://a", "http://b"], 1, "")
     assert events == ["to 2", "pack", "load 1", "free"]
@@ -114,3 +119,30 @@ def test_where_servers_have_gpus_of_their_own_weights_are_broadcast(make, events
     events.clear()
     assert rank.digest() == digest
     assert events == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checksums of a CPU server")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_a_real_server_holds_what_a_rank_broadcast_before_and_after_a_step(
+    one_rank, run, tmp_path
+):
+    with one_rank() as trainer, contextlib.closing(Channel("gloo", 30)) as channel:
+        lease = PortLease()
+        table = {"skip_tokenizer_init": True, "mem_fraction_static": 0.5, "max_total_tokens": 256}
+        model = ModelConfig(path=trainer._live._model.path)
+        arguments = server_arguments(model, table, "cpu", port=lease.port, seed=0)
+        process = OwnedProcess("server", arguments, tmp_path / "server.log", "cpu")
+        url = f"http://127.0.0.1:{lease.port}"
+        try:
+            await wait_until_up("server", process, f"{url}/model_info", 240)
+            trainer._live._channel = channel
+            first = trainer.push_weights([url], 0)
+            trained = trainer.train(run.commit(0))
+            assert trainer._live._parcels is not None, "the first bucket is packed with the digest"
+            second = trainer.push_weights([url], 1)
+        finally:
+            process.kill()
+            lease.release()
+    assert first.servers == second.servers == (url,)
+    assert first.digest != second.digest == trained.weights_digest
