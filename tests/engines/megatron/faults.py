@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 from megatron.core.tensor_parallel import layers
 
-from rollflow.engines.megatron import batch, forward
+from rollflow.engines.megatron import forward, rows
 
 
 @contextmanager
@@ -28,13 +28,13 @@ def no_tensor_parallel_reduce() -> Iterator[None]:
 @contextmanager
 def shifted_labels() -> Iterator[None]:
     """Each place is trained on its neighbour's next token."""
-    true_row = batch._row
+    true_row = rows._row
 
     def row(*args):
         made = true_row(*args)
         return dataclasses.replace(made, targets_m=made.targets_m.roll(1))
 
-    with patch.object(batch, "_row", row):
+    with patch.object(rows, "_row", row):
         yield
 
 
