@@ -93,7 +93,8 @@ class End:
         return self._thread.submit(act)
 
     def until(self, holds: Callable[[], bool]) -> None:
-        """Within :meth:`run`: wait for it. RuntimeError once this end is closed."""
+        """Within :meth:`run`: wait for it. RuntimeError once this end is closed, by which whoever waits
+        for the whole keeps its deadline."""
         while not self.is_over:
             if holds():
                 return
@@ -101,7 +102,8 @@ class End:
         raise RuntimeError("given up")
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Within :meth:`run`: bring rank 0's tensor into everybody's; returns once it is there.
+        """Within :meth:`run`: bring rank 0's tensor into everybody's; returns once it is there, or soon
+        after this end is closed; with gloo at the latest when the group's timeout is over.
 
         Raises:
             RuntimeError: a peer is gone, or this end was closed meanwhile.

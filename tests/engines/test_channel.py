@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import psutil
@@ -25,6 +24,7 @@ from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.server import wait_until_up
 from rollflow.engines.rollout.server_args import server_arguments
 from rollflow.engines.weights import WeightMismatchError
+from tests.engines.json_servers import JsonServer, served
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 8),
@@ -48,14 +48,11 @@ def named():
     return [(name, torch.randn(shape)) for name, shape in SHAPES.items()]
 
 
-class FakeServer(ThreadingHTTPServer):
+class FakeServer(JsonServer):
     """What is ours in a server, over a dictionary in place of a model."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), FakeHandler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__()
         self.weights, self.held, self.asked = {}, {}, []
         self.before_load = lambda number: None
         """Called with how many buckets the push brought before."""
@@ -70,7 +67,6 @@ class FakeServer(ThreadingHTTPServer):
             tp_worker=SimpleNamespace(model_runner=runner),
             flush_cache=lambda empty_cache: True,
         )
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def load(self, flattened_tensor_bucket_dict):
         self.before_load(self.loads)
@@ -84,7 +80,8 @@ class FakeServer(ThreadingHTTPServer):
     def check(self, action):
         return {"checksums": tally_of(self.weights.items(), for_servers=True).server_checksums()}
 
-    def handle_ours(self, path, body):
+    def respond(self, path, body):
+        self.asked.append(path)
         self.loads = 0
         act = {
             "/init_weights_update_group": server_channel.join,
@@ -98,38 +95,13 @@ class FakeServer(ThreadingHTTPServer):
         answer = handle(self.manager, SimpleNamespace(**body))
         if answer.success and "weight_version" in body:
             answer.message += f" Weight version updated to {body['weight_version']}."
-        return vars(answer), 200 if answer.success else 400
-
-
-class FakeHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        fake = self.server
-        assert isinstance(fake, FakeServer)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        fake.asked.append(self.path)
-        content, status = fake.handle_ours(self.path, body)
-        if fake.drops:
-            self.close_connection = True
-            return
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format, *args):
-        pass
+        return None if self.drops else (vars(answer), 200 if answer.success else 400)
 
 
 @pytest.fixture
 def servers():
-    started = [FakeServer(), FakeServer()]
-    yield started
-    for server in started:
-        server.shutdown()
-        server.server_close()
+    with served(FakeServer(), FakeServer()) as started:
+        yield started
 
 
 @pytest.fixture

@@ -3,12 +3,9 @@
 import base64
 import contextlib
 import hashlib
-import json
 import pickle
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -25,6 +22,7 @@ from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.server import wait_until_up
 from rollflow.engines.rollout.server_args import server_arguments
 from rollflow.engines.weights import WeightMismatchError, push, verify
+from tests.engines.json_servers import JsonServer, served
 
 LAYER = "model.layers.0."
 SHAPES = {
@@ -45,22 +43,33 @@ def named():
     return [(name, torch.randn(shape)) for name, shape in SHAPES.items()]
 
 
-class FakeServer(ThreadingHTTPServer):
+class FakeServer(JsonServer):
     """SGLang's verbs over a dictionary: loads buckets, fuses, pads, tells checksums and version."""
 
-    daemon_threads = True
     version = "default"
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), FakeHandler)
+        super().__init__()
         self.weights, self.spoil = {}, False
         self.tells = {}
         """Of the answer to the last bucket: ``flushed``, and the version that it names; empty where
         it is no server of ours."""
         self.calls = []
         """Requests in order: loads, and flushes, the first of which finds the server busy."""
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def respond(self, path, body):
+        if path.startswith("/flush_cache"):
+            self.calls.append("flush")
+            return {}, 200 if self.calls.count("flush") > 1 else 400
+        if path == "/update_weights_from_tensor":
+            self.load(body)
+            return {"success": True, "message": self.message(body)}, 200
+        if path == "/model_info":
+            self.calls.append("info")
+            return {"weight_version": self.version}, 200
+        self.calls.append("check")
+        assert (path, body) == ("/weights_checker", {"action": "checksum"})
+        return {"ranks": [{"checksums": self.checksums()}]}, 200
 
     def load(self, body):
         [payload] = body["serialized_named_tensors"]
@@ -94,48 +103,10 @@ class FakeServer(ThreadingHTTPServer):
         }
 
 
-class FakeHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    @property
-    def fake(self):
-        assert isinstance(self.server, FakeServer)
-        return self.server
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null")
-        if self.path.startswith("/flush_cache"):
-            self.fake.calls.append("flush")
-            return self.answer({}, 200 if self.fake.calls.count("flush") > 1 else 400)
-        if self.path == "/update_weights_from_tensor":
-            self.fake.load(body)
-            return self.answer({"success": True, "message": self.fake.message(body)})
-        self.fake.calls.append("check")
-        assert (self.path, body) == ("/weights_checker", {"action": "checksum"})
-        return self.answer({"ranks": [{"checksums": self.fake.checksums()}]})
-
-    def do_GET(self):
-        self.fake.calls.append("info")
-        self.answer({"weight_version": self.fake.version})
-
-    def answer(self, content, status=200):
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format, *args):
-        pass
-
-
 @pytest.fixture
 def servers():
-    started = [FakeServer(), FakeServer()]
-    yield started
-    for server in started:
-        server.shutdown()
-        server.server_close()
+    with served(FakeServer(), FakeServer()) as started:
+        yield started
 
 
 def test_the_digest_does_not_depend_on_the_order_but_on_every_bit(named):
