@@ -73,9 +73,8 @@ def lay_database() -> None:
         _appear(lambda file: shutil.copyfile(empty, file), database)
         return
     asyncio.run(provide_database_interface().create_db())
-    with contextlib.suppress(
-        OSError
-    ):  # a cache that cannot be written: the next start takes longer
+    # Where the cache cannot be written the next start takes as long.
+    with contextlib.suppress(OSError):
         empty.parent.mkdir(parents=True, exist_ok=True)
         _appear(lambda file: _copy(database, file), empty)
 
