@@ -286,11 +286,13 @@ class _Link:
     def _await(self, wanted: Future[Any]) -> bool:
         """Wait for it, or for whatever shows that all is over; whether it came to a good end."""
         deadline = time.monotonic() + self._timeout_s
-        while not wanted.done() and not self.broken:
+        while not self.broken:
             left_s = deadline - time.monotonic()
             answers = [*self._answers.values()]
             if any(a.done() and a.exception() for a in answers):
                 self.close("a server failed")
+            elif wanted.done():
+                break
             elif left_s <= 0:
                 self.close(f"it took more than {self._timeout_s:g} s")
             else:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +22,7 @@ from rollflow.engines.rollout.process import OwnedProcess
 from rollflow.engines.rollout.server import wait_until_up
 from rollflow.engines.rollout.server_args import server_arguments
 from rollflow.engines.weights import WeightMismatchError
+from tests.engines import deaths
 from tests.engines.json_servers import JsonServer, served
 
 SHAPES = {
@@ -330,8 +329,8 @@ async def test_real_servers_hold_what_was_broadcast_whoever_is_killed_in_the_mid
             c = real[2].url
             assert channel.push(changed(3), [c], 3).servers == (c,)
             assert channel.push(changed(4), [b, c], 4, bucket_bytes=4096).servers == (b, c)
-            scheduler = real[1].scheduler().pid
-            weights = killing(5, lambda: os.kill(scheduler, signal.SIGKILL))
+            scheduler = real[1].scheduler()
+            weights = killing(5, lambda: deaths.kill([scheduler]))
             reasons = dict(channel.push(weights, [b, c], 5, bucket_bytes=4096).failed)
             print(reasons)
             assert reasons.keys() == {b, c}

@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from rollflow.engines import cluster
 from rollflow.engines.channel import Channel
+from tests.engines import deaths
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,8 +43,7 @@ class BroadcastTrainer:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for i, named in enumerate(self.named):
             if i == len(self.named) // 2 and self.victim:
-                for process in psutil.Process(self.victim).children():
-                    process.kill()
+                deaths.kill(psutil.Process(self.victim).children(recursive=True))
                 self.victim = 0
             yield named
 
