@@ -284,7 +284,10 @@ class RolloutManager:
             os.environ[REWARD_URL] = judge.url
 
     def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from rollflow.engines.cpu.light_imports import no_compiled_masks
+
+        with no_compiled_masks():
+            from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(
             self._model.path, trust_remote_code=self._model.trust_remote_code

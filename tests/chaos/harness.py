@@ -63,6 +63,7 @@ steps = {steps}
 url = "{store}"
 [cluster]
 device = "cpu"
+lease_s = {lease_s}
 [model]
 path = "arithmetic/model"
 random_weights = true
@@ -150,6 +151,8 @@ class Training:
     """Number of servers, and of trainer ranks."""
     mode: str = "sync"
     """``rollout.mode``. Only the synchronous one makes the same samples again when it is killed."""
+    lease_s: float = 60.0
+    """``cluster.lease_s``: how long a flow that sleeps keeps its run."""
 
     @property
     def repeats(self) -> bool:
@@ -167,14 +170,15 @@ def prepare(folder: Path, training: Training) -> None:
             store=store,
             engines=training.engines,
             mode=training.mode,
+            lease_s=training.lease_s,
             deterministic=str(training.repeats).lower(),
         )
     )
 
 
-def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
+def start(folder: Path, name: str) -> subprocess.Popen:
     """Start or continue the training of a session."""
-    command = [*ROLLFLOW, "train", "run.toml", "--name", name, *words]
+    command = [*ROLLFLOW, "train", "run.toml", "--name", name]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -184,11 +188,11 @@ def start(folder: Path, name: str, *words: str) -> subprocess.Popen:
 class Session:
     """One run that is killed several times."""
 
-    def __init__(self, folder: Path, name: str, *words: str) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         settings = tomllib.loads((folder / "run.toml").read_text())
         self.store = Store(StoreConfig(**settings["store"]))
-        self.flow = start(folder, name, *words)
+        self.flow = start(folder, name)
         self._durable: dict[str, str] = {}
 
     @property
@@ -215,13 +219,13 @@ class Session:
             return f"no {kill.process} runs"
         victim = victims[kill.seed % len(victims)]
         self._keep_durable(kill.step)
-        committed = self._committed()
+        committed = self.committed()
         killed = time.monotonic()
         victim.kill()
         if kill.process == "flow":
             self.flow.wait()
-            self.flow = start(self.folder, self.name)
-        wrong = self._wait(lambda: self._committed() > committed, "a step after the kill")
+            self.restart()
+        wrong = self._wait(lambda: self.committed() > committed, "a step after the kill")
         return wrong or time.monotonic() - killed
 
     def finish(self) -> str:
@@ -242,9 +246,9 @@ class Session:
             final |= _rows(read_table(self.store, batch))
         return [name for name, row in self._durable.items() if final.get(name) != row]
 
-    def restart(self, *words: str) -> None:
+    def restart(self) -> None:
         """Start another flow on the run, whatever became of the one before."""
-        self.flow = start(self.folder, self.name, *words)
+        self.flow = start(self.folder, self.name)
 
     def stop(self) -> None:
         """End the flow, if it still runs."""
@@ -320,7 +324,8 @@ class Session:
         }
         return status.step > kill.step or status.phase in names.get(kill.phase, (kill.phase,))
 
-    def _committed(self) -> int:
+    def committed(self) -> int:
+        """Number of steps in the log."""
         return len(step_numbers(self.store, run_ref(self.store, self.name)))
 
     def _wait(self, condition, what: str) -> str:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +38,7 @@ def run_sessions(
     store: str = "",
     engines: int = 2,
     mode: str = "sync",
+    last: Callable[[Session], None] | None = None,
 ) -> list[Row]:
     """Kill ``kills`` times, ``per_session`` in one run; judge against a run that nobody killed.
 
@@ -45,9 +46,12 @@ def run_sessions(
 
     ``parallel`` sessions go on at once, each in a folder and with a Prefect server of its own.
     ``told`` hears of all rows so far whenever a session has ended. ``store``, ``engines`` and
-    ``mode`` as :class:`Training` has them.
+    ``mode`` as :class:`Training` has them. ``last`` is done to each session after its kills; it has
+    two more steps for that, and a short lease.
     """
     training = Training(1 + 2 * per_session, store, engines, mode)
+    if last is not None:
+        training = replace(training, steps=training.steps + 2, lease_s=20)
     schedule = plan(seed, first + kills)
     groups = [
         [
@@ -60,7 +64,7 @@ def run_sessions(
     with ThreadPoolExecutor(parallel) as pool:
         baseline = pool.submit(_undisturbed, folder / "undisturbed", training)
         sessions = [
-            pool.submit(_session, folder / f"kills-{number}", training, group, baseline)
+            pool.submit(_session, folder / f"kills-{number}", training, group, baseline, last)
             for number, group in enumerate(groups)
         ]
         rows: list[Row] = []
@@ -100,10 +104,16 @@ def _undisturbed(folder: Path, training: Training) -> Log:
 
 
 def _session(
-    folder: Path, training: Training, kills: list[Kill], baseline: Future[Log]
+    folder: Path,
+    training: Training,
+    kills: list[Kill],
+    baseline: Future[Log],
+    last: Callable[[Session], None] | None,
 ) -> list[Row]:
     with _prepared(folder, training) as session:
         answers = [session.strike(kill) for kill in kills]
+        if last is not None:
+            last(session)
         return _judge(session, kills, answers, session.finish(), baseline.result())
 
 

@@ -75,6 +75,22 @@ def test_a_trainer_rank_loads_no_compiler_and_no_model_for_images():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_reading_a_tokenizer_loads_no_compiler_until_a_mask_needs_it():
+    code = (
+        "import sys; from rollflow.engines.cpu.light_imports import no_compiled_masks\n"
+        "with no_compiled_masks():\n"
+        "    from transformers import AutoTokenizer, masking_utils\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "import torch\n"
+        "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as real\n"
+        "print(type(masking_utils.TransformGetItemToIndex()) is real)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True"
+
+
 def test_what_is_compiled_when_it_is_called_gives_what_compiling_gives(monkeypatch):
     compiled = []
 
