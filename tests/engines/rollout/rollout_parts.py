@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
 from rollflow.storage.samples import Prompt, Sample, Status
+from tests.engines import deaths
 
 VICTIM = "ROLLFLOW_TEST_VICTIM"
 """Environment variable: a file that holds the pid of a server which is to be killed."""
@@ -74,6 +75,41 @@ class StubTrainer:
                 flush(client)
 
     def pushes(self) -> list[tuple[list[str], int]]:
+        return self.pushed
+
+
+class BroadcastTrainer:
+    """A trainer rank that broadcasts: its weights are those of a checkpoint folder."""
+
+    def __init__(self, folder: str) -> None:
+        import torch
+        from transformers import Qwen3ForCausalLM
+
+        from rollflow.engines.channel import Channel
+
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.named = [(name, p.detach()) for name, p in model.named_parameters()]
+        self.channel = Channel("gloo", 30)
+        self.victim = 0
+        """Process that is killed in the middle of the next push; 0 for none."""
+        self.pushed: list[tuple[list[str], int, list[str]]] = []
+
+    def kill_next_time(self, pid: int) -> None:
+        self.victim = pid
+
+    def push_weights(self, urls: list[str], version: int, place: str = "") -> Any:
+        result = self.channel.push(self.weights(), urls, version, bucket_bytes=1 << 14)
+        self.pushed.append((urls, version, [url for url, _ in result.failed]))
+        return result
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        for i, named in enumerate(self.named):
+            if i == len(self.named) // 2 and self.victim:
+                deaths.kill(psutil.Process(self.victim).children(recursive=True))
+                self.victim = 0
+            yield named
+
+    def pushes(self) -> list[tuple[list[str], int, list[str]]]:
         return self.pushed
 
 

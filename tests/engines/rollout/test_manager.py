@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -16,6 +17,7 @@ import ray
 from external_parts import Engine, answers, attached, until
 from ray.exceptions import RayError
 from rollout_parts import (
+    BroadcastTrainer,
     Caller,
     Listener,
     RolloutParts,
@@ -42,6 +44,8 @@ from rollflow.engines.rollout.server import ServerError, ServerInfo
 from rollflow.engines.rollout.slot import Slot
 from rollflow.storage.manifests import read_batch
 from rollflow.storage.samples import Status
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_step_is_generated_scored_and_committed(rollout: RolloutParts):
@@ -369,6 +373,39 @@ async def test_a_judge_served_by_sglang_is_reached_by_both_kinds_of_rewards(
         for grader in graders:
             await grader.stop()
         await judge.stop()
+
+
+def test_a_server_that_dies_in_the_middle_of_a_broadcast_and_the_others_get_the_weights_after_all(
+    rollout: RolloutParts, ray_cluster: Path
+):
+    def push(urls: list[str], version: int) -> Any:
+        return ray.get(trainer.push_weights.remote(urls, version))
+
+    cluster.start_actor(BroadcastTrainer, "broadcaster", str(rollout.models[1]))
+    trainer = cluster.find_actor("broadcaster")
+    rollout.call("attach_trainer", ["broadcaster"], "rollout-tests")
+    first, second = rollout.urls
+    assert push([first, second], 11).servers == (first, second)
+    before = rollout.call("info")
+    ray.get(trainer.kill_next_time.remote(before.pids[0]))
+    result = push([first, second], 12)
+    assert dict(result.failed).keys() == {first, second}
+    assert first in dict(result.failed)[second]
+    rollout.call("score", rollout.call("generate", 11, 12))
+    ray.get(rollout.manager.info.remote(whole=True), timeout=240)
+    rollout.call("score", rollout.call("generate", 12, 12))
+    after = rollout.call("info")
+    assert before.pids[0] not in after.pids
+    third = next(url for url in after.server_urls if url != second)
+    later = ray.get(trainer.pushes.remote())[2:]
+    assert {urls[0] for urls, _, failed in later if not failed} >= {second, third}
+    both = push(after.server_urls, 13)
+    assert both.servers == tuple(after.server_urls)
+    for url in after.server_urls:
+        answer = ask(url)
+        assert answer["meta_info"]["weight_version"] == "13"
+        assert logprob_gap(rollout.models[1], [as_sample(answer)]) < 1e-4
+    cluster.kill_actors(["broadcaster"])
 
 
 async def test_calls_of_two_processes_reach_all_ranks_in_one_order(ray_cluster: Path):
