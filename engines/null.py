@@ -40,7 +40,7 @@ class NullRollout:
     def start(self) -> None:
         """Nothing comes up."""
 
-    def attach_trainer(self, names: Sequence[str], namespace: str) -> None:
+    def attach_trainer(self, names: Sequence[str], namespace: str, timeout_s: float) -> None:
         """Nothing is asked of the trainer."""
 
     def generate(self, step: int, policy_version: int) -> GroupsRef:

@@ -15,6 +15,7 @@ import aiohttp
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from rollflow.engines.cluster import DeadlineError
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.placement import on_this_machine
 from rollflow.engines.platform import SHARE, Device
@@ -34,7 +35,7 @@ from .server_args import (
 from .slot import Slot, send
 from .turns import Turns
 
-LoadWeights = Callable[[str, int], Awaitable[object]]
+LoadWeights = Callable[[str, int], Awaitable[str]]
 """Brings the weights of a version to the server at a URL. RayError where they are gone: the trainer
 has newer ones by now."""
 
@@ -335,9 +336,11 @@ class Fleet:
                 await self._admit(slot, info)
             except (aiohttp.ClientError, TimeoutError, ServerEndedError):
                 await asyncio.sleep(POLL_S)  # it has just died: the watcher starts it again
-            except RayError as error:
+            except (RayError, DeadlineError) as error:
                 if self._exact:
-                    raise ServerError(f"{info.url} cannot get version {self._version}") from error
+                    why = str(error).strip().splitlines()[-1]
+                    message = f"{info.url} cannot get version {self._version}: {why}"
+                    raise ServerError(message) from error
                 await asyncio.sleep(POLL_S)  # the trainer is ahead: its weights come to all soon
             self._check()
             if self._version is None:
@@ -371,16 +374,17 @@ class Fleet:
         slot.registered = True
 
     async def _load(self, info: ServerInfo, version: int) -> None:
-        held = await self._held_version(info)
+        held, failed = await self._held_version(info), ""
         if self.load_weights is not None:
-            await self.load_weights(info.url, version)
+            failed = await self.load_weights(info.url, version)
         elif held == FROM_DISK:  # nothing is trained: what was loaded is what is asked for
             await self._request(
                 "POST", f"{info.url}/update_weight_version", {"new_version": str(version)}
             )
         held = await self._held_version(info)
         if held != str(version):
-            raise ServerError(f"{info.url} holds weights {held}, version {version} is needed")
+            wanted = f"version {version} is needed" + (f": {failed}" if failed else "")
+            raise ServerError(f"{info.url} holds weights {held}, {wanted}")
 
     async def _held_version(self, info: ServerInfo) -> str:
         return (await self._request("GET", f"{info.url}/model_info"))["weight_version"]

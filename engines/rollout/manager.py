@@ -121,15 +121,15 @@ class RolloutManager:
         """
         return (await self.info()).server_urls, self._place
 
-    async def attach_trainer(self, names: Sequence[str], namespace: str) -> None:
+    async def attach_trainer(self, names: Sequence[str], namespace: str, timeout_s: float) -> None:
         """Let a server that was started again get its weights from these trainer actors.
 
-        They also tell the losses that evaluations ask for.
+        They also tell the losses that evaluations ask for. Each call ends after ``timeout_s``.
         """
-        self._trainer = trainer = Trainer(names, namespace)
+        self._trainer = trainer = Trainer(names, namespace, timeout_s)
         if self._fleet is None:
             return
-        self._fleet.load_weights = lambda url, version: trainer.push([url], version)
+        self._fleet.load_weights = trainer.load
         if self._fleet.external:
             self._fleet.external.publish = lambda version: trainer.push([], version, self._place)
 

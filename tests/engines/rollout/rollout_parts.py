@@ -15,7 +15,7 @@ from rollflow.engines.config import ModelConfig
 from rollflow.engines.hooks import GenerateContext, GenerateEngine
 from rollflow.engines.rollout import single_turn
 from rollflow.engines.rollout.config import EvalConfig, HooksConfig, RolloutConfig, SamplingConfig
-from rollflow.engines.weights import flush
+from rollflow.engines.weights import PushResult, flush
 from rollflow.storage.config import DataConfig, StoreConfig
 from rollflow.storage.objects import Store
 from rollflow.storage.refs import RunRef
@@ -65,7 +65,7 @@ class StubTrainer:
         self.folder = folder
         self.pushed: list[tuple[list[str], int]] = []
 
-    def push_weights(self, urls: list[str], version: int, place: str = "") -> None:
+    def push_weights(self, urls: list[str], version: int, place: str = "") -> PushResult:
         self.pushed.append((urls, version))
         for url in urls:
             body = {"model_path": self.folder, "weight_version": str(version), "flush_cache": False}
@@ -73,6 +73,7 @@ class StubTrainer:
                 answer = client.post("/update_weights_from_disk", json=body)
                 assert answer.raise_for_status().json()["success"]
                 flush(client)
+        return PushResult(version, "", 0, 0.0, tuple(urls))
 
     def pushes(self) -> list[tuple[list[str], int]]:
         return self.pushed

@@ -1,12 +1,15 @@
-"""What the fleet does about a server that ends before it was of use."""
+"""What the fleet does about a server that is of no use, and about a trainer that does not answer."""
 
 import asyncio
 from types import SimpleNamespace
 
 import pytest
+import ray
 
+from rollflow.engines.cluster import DeadlineError
 from rollflow.engines.rollout.fleet import Fleet, Slot
-from rollflow.engines.rollout.server import ServerEndedError, ServerInfo
+from rollflow.engines.rollout.server import ServerEndedError, ServerError, ServerInfo
+from rollflow.engines.rollout.trainer import Trainer
 
 
 async def test_a_server_that_ends_before_the_router_takes_it_is_named_at_once():
@@ -56,3 +59,27 @@ async def test_a_server_that_ends_while_it_is_given_weights_again_is_started_aga
     watcher.cancel()
     await asyncio.gather(watcher, return_exceptions=True)
     assert fleet._slots[0].restarts == 2
+
+
+async def test_a_server_that_did_not_take_the_weights_is_named_with_the_reason():
+    async def held(info):
+        return "1"
+
+    async def load(url, version):
+        return "ConnectError: refused"
+
+    fleet = SimpleNamespace(_held_version=held, load_weights=load)
+    info = ServerInfo("http://127.0.0.1:1", 1, 1)
+    with pytest.raises(ServerError, match=r"weights 1, version 2 is needed: ConnectError: refused"):
+        await Fleet._load(fleet, info, 2)  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_trainer_that_does_not_answer_is_named(monkeypatch):
+    def never(*args):
+        return asyncio.get_running_loop().create_future()
+
+    rank = SimpleNamespace(push_weights=SimpleNamespace(remote=never))
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: rank)
+    trainer = Trainer(["trainer-0"], "run", 0.05)
+    with pytest.raises(DeadlineError, match=r"for push_weights of trainer-0: no answer"):
+        await trainer.load("http://127.0.0.1:1", 2)

@@ -108,7 +108,7 @@ def test_a_killed_server_loses_no_sample_and_comes_back_with_the_right_weights(
 ):
     cluster.start_actor(StubTrainer, "trainer-0", str(rollout.models[1]))
     trainer = cluster.find_actor("trainer-0")
-    rollout.call("attach_trainer", ["trainer-0"], "rollout-tests")
+    rollout.call("attach_trainer", ["trainer-0"], "rollout-tests", 240.0)
     ray.get(trainer.push_weights.remote(rollout.urls, 1))
     before = rollout.call("info")
     ray_cluster.write_text(str(before.pids[0]))
@@ -294,10 +294,10 @@ async def test_a_server_of_ours_takes_the_place_of_one_that_is_left_out(
     settings = {"spares": 1, "timeout_s": 2.0}
     async with attached(rollout, engines[:1], tmp_path, **settings) as (fleet, others, client):
 
-        async def load(url: str, version: int) -> None:
-            await asyncio.to_thread(
-                StubTrainer(str(rollout.models[1])).push_weights, [url], version
-            )
+        async def load(url: str, version: int) -> str:
+            trainer = StubTrainer(str(rollout.models[1]))
+            await asyncio.to_thread(trainer.push_weights, [url], version)
+            return ""
 
         fleet.load_weights = load
         async with fleet.serving(1):
@@ -383,7 +383,7 @@ def test_a_server_that_dies_in_the_middle_of_a_broadcast_and_the_others_get_the_
 
     cluster.start_actor(BroadcastTrainer, "broadcaster", str(rollout.models[1]))
     trainer = cluster.find_actor("broadcaster")
-    rollout.call("attach_trainer", ["broadcaster"], "rollout-tests")
+    rollout.call("attach_trainer", ["broadcaster"], "rollout-tests", 240.0)
     first, second = rollout.urls
     assert push([first, second], 11).servers == (first, second)
     before = rollout.call("info")
