@@ -41,8 +41,6 @@ NULL = "null"
 """Address of no cluster: actors are plain objects in this process."""
 _here: dict[str, Any] = {}
 """Those objects by name; empty while Ray is connected."""
-_started: dict[str, Any] = {}
-"""Handles of the actors that this process started, by name: to look one up asks Ray's head each time."""
 
 
 class DeadlineError(RuntimeError):
@@ -196,7 +194,6 @@ def enter_folder() -> None:
 def disconnect(ref: ClusterRef) -> None:
     """Leave Ray; a private one is stopped and its folder removed."""
     _here.clear()
-    _started.clear()
     if ref.address == NULL:
         return
     ray.shutdown()
@@ -214,17 +211,15 @@ def start_actor(cls: type, name: str, *args: object, gpus: float = 0, **options:
 
     CPU slots are not reserved: engines share the cores."""
     remote = ray.remote(num_cpus=0, num_gpus=gpus, **options)(cls)
-    _started[name] = remote.options(name=name, lifetime="detached").remote(*args)
+    remote.options(name=name, lifetime="detached").remote(*args)
 
 
 def find_actor(name: str) -> Any:
-    """The Ray handle of the actor of that name in the run's namespace.
+    """The Ray handle of the live actor of that name in the run's namespace.
 
     Raises:
-        EngineDiedError: there is none. One that this process started may be dead: its calls tell.
+        EngineDiedError: there is none.
     """
-    if (started := _started.get(name)) is not None:
-        return started
     try:
         return ray.get_actor(name)
     except ValueError as error:
@@ -328,7 +323,6 @@ def _named(error: BaseException, name: str, method: str) -> BaseException:
 def kill_actors(names: Sequence[str]) -> None:
     """End the named actors that still live; those that are gone already are fine."""
     for name in names:
-        _started.pop(name, None)
         if _here.pop(name, None) is not None or not ray.is_initialized():
             continue
         try:
