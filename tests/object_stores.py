@@ -117,7 +117,9 @@ def main(command: list[str]) -> int:
         own = {"AWS_ENDPOINT_URL": server.endpoint, "ROLLFLOW_BENCH_STORE": f"s3://{BUCKET}/bench"}
         try:
             environment = {**os.environ, **ENVIRONMENT, **own}
-            return subprocess.run(command, env=environment, check=False).returncode
+            with subprocess.Popen(command, env=environment) as process:
+                signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+                return process.wait()
         finally:
             server.kill()
 
