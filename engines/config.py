@@ -8,6 +8,7 @@ is found in milliseconds and on machines without torch.
 import ast
 import difflib
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -130,6 +131,8 @@ def check_table(
             raise ValueError(f"{table}.{name} is not a name that {table} knows{hint}")
         if known and not _is_of_type(value, known[name].type):
             raise ValueError(f"{table}.{name} = {value!r} is no {known[name].type}; give one")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{table}.{name} = {value!r} is not finite; give a number that is")
 
 
 def _is_of_type(value: Any, declared: str) -> bool:

@@ -76,8 +76,10 @@ def train(config: str, *words: Words, dry_run: bool = False) -> None:
 
     Parameters
     ----------
-    config: TOML file, or the name of a recipe.
-    dry_run: print the resolved settings and stop.
+    config
+        TOML file, or the name of a recipe.
+    dry_run
+        print the resolved settings and stop.
     """
     _run("train", config, words, dry_run)
 
@@ -88,8 +90,10 @@ def sft(config: str, *words: Words, dry_run: bool = False) -> None:
 
     Parameters
     ----------
-    config: TOML file, or the name of a recipe.
-    dry_run: print the resolved settings and stop.
+    config
+        TOML file, or the name of a recipe.
+    dry_run
+        print the resolved settings and stop.
     """
     _run("sft", config, words, dry_run)
 
@@ -100,9 +104,12 @@ def evaluate(config: str, *words: Words, step: int | None = None, dry_run: bool 
 
     Parameters
     ----------
-    config: TOML file, or the name of a recipe.
-    step: step of the checkpoint; the newest unless given.
-    dry_run: print the resolved settings and stop.
+    config
+        TOML file, or the name of a recipe.
+    step
+        step of the checkpoint; the newest unless given.
+    dry_run
+        print the resolved settings and stop.
     """
     _run("evaluate", config, words, dry_run, step=step)
 
@@ -115,10 +122,14 @@ def demo(
 
     Parameters
     ----------
-    seed: seed of data order, weights and sampling.
-    seconds_install: seconds that the installation took, for the report.
-    store: where the runs are kept, e.g. s3://bucket/prefix.
-    gpu: a small model instead, on one GPU.
+    seed
+        seed of data order, weights and sampling.
+    seconds_install
+        seconds that the installation took, for the report.
+    store
+        where the runs are kept, e.g. s3://bucket/prefix.
+    gpu
+        a small model instead, on one GPU.
     """
     ui = server.use_server()
     from .demo import run_demo
@@ -139,13 +150,19 @@ def bench(
 
     Parameters
     ----------
-    only: parts to measure, all but orchestration unless given: iteration, recovery, storage, training,
-        conversion, modes, gpu, orchestration.
-    output: JSON file for the figures.
-    shape: of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
-    new_tokens: of each answer in the whole iterations of such a shape; 512 unless given.
-    steps: whole iterations of such a shape; 8 unless given, of which the first 3 are not counted.
-    part: of such a shape: "training alone", "generation alone", "whole iterations",
+    only
+        parts to measure, all but orchestration unless given: iteration, recovery, storage, training,
+        conversion, modes, tail, gpu, orchestration.
+    output
+        JSON file for the figures.
+    shape
+        of the part gpu: 0.6b, 1.7b or 4b; the first two unless given.
+    new_tokens
+        of each answer in the whole iterations of such a shape; 512 unless given.
+    steps
+        whole iterations of such a shape; 8 unless given, of which the first 3 are not counted.
+    part
+        of such a shape: "training alone", "generation alone", "whole iterations",
         "training, not deterministic" or "split" (two GPUs); all unless given.
     """
     server.use_server()
@@ -164,7 +181,8 @@ def resume(run: str, *words: Words, store: StoreUrl = DEFAULT_STORE) -> None:
 
     Parameters
     ----------
-    run: name of the run.
+    run
+        name of the run.
     """
     from .arguments import build_config, overlay, stored_settings
 
@@ -185,8 +203,10 @@ def audit(run: str, store: StoreUrl = DEFAULT_STORE, recompute: bool = False) ->
 
     Parameters
     ----------
-    run: name of the run.
-    recompute: also train every stored batch again and compare all weights, bit for bit.
+    run
+        name of the run.
+    recompute
+        also train every stored batch again and compare all weights, bit for bit.
     """
     if recompute:
         server.use_server()  # before Prefect is imported, which reads its settings then

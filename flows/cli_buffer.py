@@ -18,9 +18,12 @@ def show(run: str, store: str = ".rollflow/store", limit: int = 20) -> None:
 
     Parameters
     ----------
-    run: name of the run.
-    store: store that holds the runs: any fsspec URL.
-    limit: how many waiting groups.
+    run
+        name of the run.
+    store
+        store that holds the runs: any fsspec URL.
+    limit
+        how many waiting groups.
     """
     opened = Store(StoreConfig(url=store))
     state = stored_state(opened, open_run(opened, run))

@@ -26,7 +26,8 @@ def explain(name: str) -> None:
 
     Parameters
     ----------
-    name: as in a file (trainer.ranks) or as a word (tensor-model-parallel-size, sglang-tp-size).
+    name
+        as in a file (trainer.ranks) or as a word (tensor-model-parallel-size, sglang-tp-size).
     """
     from .settings_reference import explain as find
 
@@ -45,8 +46,10 @@ def show_diff(a: str, b: str, store: StoreUrl = DEFAULT_STORE) -> None:
 
     Parameters
     ----------
-    a: a TOML file, the name of a recipe, or the name of a run in the store.
-    b: the other one.
+    a
+        a TOML file, the name of a recipe, or the name of a run in the store.
+    b
+        the other one.
     """
     from .settings_reference import diff
 
@@ -64,7 +67,8 @@ def translate(*words: Words) -> None:
 
     Parameters
     ----------
-    words: the script's arguments, as they are.
+    words
+        the script's arguments, as they are.
     """
     from .arguments import build_config
     from .from_slime import from_slime, to_toml
@@ -88,7 +92,8 @@ def reference(folder: Path = Path("flows/reference")) -> None:
 
     Parameters
     ----------
-    folder: where to write them.
+    folder
+        where to write them.
     """
     from .settings_reference import PASSED_ON, page
 

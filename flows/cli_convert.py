@@ -26,13 +26,20 @@ def convert(
 
     Parameters
     ----------
-    source: Hugging Face folder, torch_dist checkpoint or checkpoint of a run; any fsspec URL.
-    target: where to write; any fsspec URL.
-    model: folder with config.json and tokenizer, where the checkpoint has none beside it.
-    verify: read the result back and compare every tensor.
-    part_bytes: size of a part of a torch_dist checkpoint.
-    shard_bytes: size of a safetensors file.
-    trust_remote_code: run code that the model's folder brings.
+    source
+        Hugging Face folder, torch_dist checkpoint or checkpoint of a run; any fsspec URL.
+    target
+        where to write; any fsspec URL.
+    model
+        folder with config.json and tokenizer, where the checkpoint has none beside it.
+    verify
+        read the result back and compare every tensor.
+    part_bytes
+        size of a part of a torch_dist checkpoint.
+    shard_bytes
+        size of a safetensors file.
+    trust_remote_code
+        run code that the model's folder brings.
     """
     from rollflow.engines.conversion.config import ConvertConfig
 

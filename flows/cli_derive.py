@@ -40,8 +40,10 @@ def fork(
 
     Parameters
     ----------
-    run: name of the run.
-    step: step of the checkpoint.
+    run
+        name of the run.
+    step
+        step of the checkpoint.
     """
     from .derived import derived_config
 
@@ -66,8 +68,10 @@ def replay(
 
     Parameters
     ----------
-    run: name of the run.
-    steps: a:b for steps a to b-1; either may be left out. From step a > 0 on it needs the checkpoint of a-1.
+    run
+        name of the run.
+    steps
+        a:b for steps a to b-1; either may be left out. From step a > 0 on it needs the checkpoint of a-1.
     """
     from .derived import replay_config
 
@@ -94,9 +98,12 @@ def rescore(
 
     Parameters
     ----------
-    run: name of the run.
-    reward: the reward function, pkg.mod:fn.
-    steps: a:b for steps a to b-1; either may be left out.
+    run
+        name of the run.
+    reward
+        the reward function, pkg.mod:fn.
+    steps
+        a:b for steps a to b-1; either may be left out.
     """
     from .derived import derived_config
 
@@ -118,9 +125,12 @@ def rollout(config: str, *words: Words, weights_of: str = "", step: int | None =
 
     Parameters
     ----------
-    config: TOML file, or the name of a recipe.
-    weights_of: run whose checkpoint generates; the weights at model.path unless given.
-    step: step of that checkpoint; the newest unless given.
+    config
+        TOML file, or the name of a recipe.
+    weights_of
+        run whose checkpoint generates; the weights at model.path unless given.
+    step
+        step of that checkpoint; the newest unless given.
     """
     from .arguments import load_config, recipes
 

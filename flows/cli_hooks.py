@@ -16,8 +16,10 @@ def check(path: str, kind: str = "") -> None:
 
     Parameters
     ----------
-    path: pkg.mod:fn
-    kind: the hook it is meant to be; all that fit are named unless given.
+    path
+        pkg.mod:fn
+    kind
+        the hook it is meant to be; all that fit are named unless given.
     """
     from rollflow.tasks.hooks import check_hook
 

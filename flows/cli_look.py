@@ -33,7 +33,8 @@ def show_run(run: str, store: StoreUrl = DEFAULT_STORE) -> None:
 
     Parameters
     ----------
-    run: name of the run.
+    run
+        name of the run.
     """
     from .look import print_run
 
@@ -46,8 +47,10 @@ def compact_run(run: str, store: StoreUrl = DEFAULT_STORE, before: int | None = 
 
     Parameters
     ----------
-    run: name of the run.
-    before: only steps below this one.
+    run
+        name of the run.
+    before
+        only steps below this one.
     """
     from .look import print_compaction
 
@@ -60,8 +63,10 @@ def list_rollouts(run: str, store: StoreUrl = DEFAULT_STORE, steps: int = 20) ->
 
     Parameters
     ----------
-    run: name of the run.
-    steps: how many of the newest steps.
+    run
+        name of the run.
+    steps
+        how many of the newest steps.
     """
     from .show import print_batches
 
@@ -84,14 +89,22 @@ def show_rollouts(
 
     Parameters
     ----------
-    run: name of the run.
-    step: the step; the newest unless given, or all steps with one of the filters below.
-    sample: one sample's id, shown token by token.
-    min_reward: only rewards of at least this.
-    max_reward: only rewards of at most this.
-    status: only samples that ended so.
-    prompt: only answers to the prompt of this id.
-    limit: how many samples.
+    run
+        name of the run.
+    step
+        the step; the newest unless given, or all steps with one of the filters below.
+    sample
+        one sample's id, shown token by token.
+    min_reward
+        only rewards of at least this.
+    max_reward
+        only rewards of at most this.
+    status
+        only samples that ended so.
+    prompt
+        only answers to the prompt of this id.
+    limit
+        how many samples.
     """
     from .show import print_filtered, print_sample, print_samples
 
@@ -121,10 +134,14 @@ def sql_rollouts(
 
     Parameters
     ----------
-    run: name of the run.
-    query: the query.
-    format: table, csv or json (a line a row).
-    limit: most rows of a table.
+    run
+        name of the run.
+    query
+        the query.
+    format
+        table, csv or json (a line a row).
+    limit
+        most rows of a table.
     """
     from .look import print_query
 
@@ -146,11 +163,16 @@ def diff_rollouts(
 
     Parameters
     ----------
-    run: name of a run.
-    other: name of the other, e.g. one that was scored again.
-    other_store: store of the other; the same unless given.
-    step: only this step.
-    limit: how many samples to show, those whose rewards differ most first.
+    run
+        name of a run.
+    other
+        name of the other, e.g. one that was scored again.
+    other_store
+        store of the other; the same unless given.
+    step
+        only this step.
+    limit
+        how many samples to show, those whose rewards differ most first.
     """
     from .look import print_difference
 
@@ -165,9 +187,12 @@ def export_rollouts(
 
     Parameters
     ----------
-    run: name of the run.
-    target: the file.
-    where: an SQL condition on the samples, e.g. "reward > 0.5 and step between 10 and 20".
+    run
+        name of the run.
+    target
+        the file.
+    where
+        an SQL condition on the samples, e.g. "reward > 0.5 and step between 10 and 20".
     """
     from .look import export
 
@@ -179,9 +204,12 @@ def lineage(run: str, target: str, ids: bool = False, store: StoreUrl = DEFAULT_
 
     Parameters
     ----------
-    run: name of the run.
-    target: a checkpoint, such as step-000010, or a sample's id, such as 000010/train.jsonl:7#3.
-    ids: of a checkpoint, list every sample that it was trained on: run, step and id, a line each.
+    run
+        name of the run.
+    target
+        a checkpoint, such as step-000010, or a sample's id, such as 000010/train.jsonl:7#3.
+    ids
+        of a checkpoint, list every sample that it was trained on: run, step and id, a line each.
     """
     from .lineage import print_lineage
 
@@ -199,10 +227,14 @@ def gc(
 
     Parameters
     ----------
-    run: name of the run.
-    keep: how many of the newest whole checkpoints stay.
-    rollouts: also remove batches that a kept checkpoint makes needless for going on. Replay, scoring again and audits by recomputation need them.
-    dry_run: only list what would go.
+    run
+        name of the run.
+    keep
+        how many of the newest whole checkpoints stay.
+    rollouts
+        also remove batches that a kept checkpoint makes needless for going on. Replay, scoring again and audits by recomputation need them.
+    dry_run
+        only list what would go.
     """
     from .gc import collect_garbage
 

@@ -26,9 +26,12 @@ def up(*, foreground: bool = False, at_once: int | None = None, beside: int | No
 
     Parameters
     ----------
-    foreground: stay, and keep server and worker alive until Ctrl-C.
-    at_once: runs that train at the same time; the others queue. 1 unless given.
-    beside: evaluations, scorings and conversions at the same time. 1 unless given.
+    foreground
+        stay, and keep server and worker alive until Ctrl-C.
+    at_once
+        runs that train at the same time; the others queue. 1 unless given.
+    beside
+        evaluations, scorings and conversions at the same time. 1 unless given.
     """
     if foreground:
         stack.keep(at_once or 1, beside or 1)
@@ -87,12 +90,18 @@ def deploy(
 
     Parameters
     ----------
-    presets: TOML files of your own, each a deployment with these settings filled in, like the recipes.
-    pool: work pool; made as a process pool where there is none of that name.
-    folder: folder that the runs start in; this one unless given.
-    at_once: runs that train at the same time; the others queue.
-    beside: evaluations, scorings and conversions at the same time.
-    yaml: print deploy/prefect.yaml, for `prefect deploy`, and tell nobody.
+    presets
+        TOML files of your own, each a deployment with these settings filled in, like the recipes.
+    pool
+        work pool; made as a process pool where there is none of that name.
+    folder
+        folder that the runs start in; this one unless given.
+    at_once
+        runs that train at the same time; the others queue.
+    beside
+        evaluations, scorings and conversions at the same time.
+    yaml
+        print deploy/prefect.yaml, for `prefect deploy`, and tell nobody.
     """
     if yaml:
         from .prefect_yaml import as_yaml
@@ -114,8 +123,10 @@ def submit(config: str, *words: Words, at: datetime | None = None) -> None:
 
     Parameters
     ----------
-    config: TOML file, or the name of a recipe.
-    at: local time at which it starts, e.g. 2027-01-31T22:00.
+    config
+        TOML file, or the name of a recipe.
+    at
+        local time at which it starts, e.g. 2027-01-31T22:00.
     """
     from rollflow.tasks.checks import check_settings
 
@@ -146,9 +157,12 @@ def schedule(
 
     Parameters
     ----------
-    what: flow.
-    run: name of a stored run for evaluate; else a TOML file, or the name of a recipe.
-    cron: minute hour day month weekday, in UTC.
+    what
+        flow.
+    run
+        name of a stored run for evaluate; else a TOML file, or the name of a recipe.
+    cron
+        minute hour day month weekday, in UTC.
     """
     from rollflow.storage.objects import Store
     from rollflow.storage.runs import open_run
@@ -181,7 +195,8 @@ def pause(run: str) -> None:
 
     Parameters
     ----------
-    run: name of the run; `rollflow resume` lets it go on.
+    run
+        name of the run; `rollflow resume` lets it go on.
     """
     server.find_server()
     from . import remote
@@ -195,7 +210,8 @@ def cancel(run: str) -> None:
 
     Parameters
     ----------
-    run: name of the run.
+    run
+        name of the run.
     """
     server.find_server()
     from . import remote

@@ -121,7 +121,7 @@ def running() -> LocalServer | None:
     """The local server, if it runs."""
     try:
         server = LocalServer(**json.loads(_record().read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):  # none, or one that no version of ours wrote
         return None
     return server if server.alive() else None
 
@@ -215,7 +215,9 @@ def _start(port: int) -> LocalServer:
         )
     started = psutil.Process(process.pid).create_time()
     server = LocalServer(url=f"http://127.0.0.1:{port}", pid=process.pid, started=started)
-    _record().write_text(json.dumps(asdict(server)))
+    unfinished = _record().with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(server)))
+    unfinished.replace(_record())
     return server
 
 
@@ -259,7 +261,7 @@ def _log() -> Path:
 def _first_port() -> int:
     """The port that this folder's server had last, or the first free one from 4200 on."""
     wanted: list[int] = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         wanted = [int(json.loads(_record().read_text())["url"].rpartition(":")[2])]
     return _free_port([*wanted, *PORTS])
 

@@ -174,6 +174,8 @@ def _read_rows(store: Store, source: str) -> list[Row]:
                 return list(_json_rows(stream.read(), source))
     except FileNotFoundError as error:
         raise ValueError(f"path {source!r}: no such file; give an existing one") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"path {source!r} is a folder; give a file in it") from error
     raise ValueError(f"path {source!r} is neither .jsonl nor .parquet; convert it to one of them")
 
 

@@ -60,7 +60,8 @@ def no_compiled_masks() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[COMPILED_MASKS]
+        if sys.modules.get(COMPILED_MASKS) is stand_in:
+            del sys.modules[COMPILED_MASKS]
 
 
 def _transform_when_called() -> Any:

@@ -49,7 +49,8 @@ class TrainerConfig(Config):
     CPU always does; on a GPU ``false`` takes faster kernels, and a step done again may be refused
     because its weights differ."""
     step_timeout_s: float = Field(default=3600.0, gt=0)
-    """Deadline of one train step, checkpoint or weight push."""
+    """Deadline of one call of the engines: to generate, score or write a batch, to evaluate, train a step,
+    save or push weights."""
     push_timeout_s: float = Field(default=120.0, gt=0)
     """Deadline of one rollout server to take and confirm a bucket of weights, or all of them where they
     are broadcast to GPUs."""

@@ -337,9 +337,9 @@ class Fleet:
             except (aiohttp.ClientError, TimeoutError, ServerEndedError):
                 await asyncio.sleep(POLL_S)  # it has just died: the watcher starts it again
             except (RayError, DeadlineError) as error:
-                if self._exact:
-                    why = str(error).strip().splitlines()[-1]
-                    message = f"{info.url} cannot get version {self._version}: {why}"
+                if self._exact or isinstance(error, (RayActorError, DeadlineError)):
+                    *_, why = ["", *str(error).strip().splitlines()]
+                    message = f"{info.url} cannot get version {self._version} of the trainer: {why}"
                     raise ServerError(message) from error
                 await asyncio.sleep(POLL_S)  # the trainer is ahead: its weights come to all soon
             self._check()

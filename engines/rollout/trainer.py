@@ -15,7 +15,8 @@ class Trainer:
     """Calls to all ranks. The flow calls them too: all must see its calls and these in one order."""
 
     def __init__(self, names: Sequence[str], namespace: str, timeout_s: float) -> None:
-        """``timeout_s``: of a call, which waits for the training step that is under way."""
+        """``timeout_s``: of a call, which waits for the training step that is under way; shorter than
+        that of the flow's own calls, which would otherwise blame whoever waits here."""
         self._names, self._timeout_s = tuple(names), timeout_s
         self._ranks = [ray.get_actor(name, namespace=namespace) for name in names]
         several = len(names) > 1

@@ -40,20 +40,21 @@ def outlive_a_sleeper(session: Session) -> None:
     sleeper = session.flow
     [rank] = session.processes("trainer")
     rank.suspend()  # the flow waits for it, and keeps its lease
-    second = subprocess.run(
-        [*ROLLFLOW, "train", "run.toml", "--name", session.name],
-        cwd=session.folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert second.returncode == 1
-    assert f"pid {sleeper.pid}" in second.stderr
-    assert "'chaos' is held by" in second.stderr
-
-    sleeper.send_signal(signal.SIGSTOP)
-    rank.resume()
     try:
+        second = subprocess.run(
+            [*ROLLFLOW, "train", "run.toml", "--name", session.name],
+            cwd=session.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        sleeper.send_signal(signal.SIGSTOP)
+    finally:
+        rank.resume()
+    try:
+        assert second.returncode == 1
+        assert f"pid {sleeper.pid}" in second.stderr
+        assert "'chaos' is held by" in second.stderr
         at_sleep = session.committed()
         assert session.wait_until_lease_is_over() == ""
         session.restart()

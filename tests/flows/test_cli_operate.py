@@ -30,6 +30,14 @@ def test_a_server_elsewhere_that_does_not_answer_is_named_with_its_variable(monk
             command()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
+def test_a_record_of_the_server_that_cannot_be_read_is_none(text, empty_folder):
+    (empty_folder / server.HOME).mkdir(parents=True)
+    (empty_folder / server.HOME / "server.json").write_text(text)
+    assert server.running() is None
+    assert server.stop() is False
+
+
 def test_only_a_stored_run_is_evaluated_by_the_clock():
     with pytest.raises(RunNotFound, match="nosuchrun"):
         cli_operate.schedule("evaluate", "nosuchrun", cron="0 * * * *")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from rollflow.engines.cluster import DeadlineError
 from rollflow.engines.rollout.fleet import Fleet, Slot
@@ -72,6 +73,21 @@ async def test_a_server_that_did_not_take_the_weights_is_named_with_the_reason()
     info = ServerInfo("http://127.0.0.1:1", 1, 1)
     with pytest.raises(ServerError, match=r"weights 1, version 2 is needed: ConnectError: refused"):
         await Fleet._load(fleet, info, 2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("error", [RayActorError(), DeadlineError("no answer of trainer-0")])
+async def test_a_server_does_not_wait_for_weights_of_a_trainer_that_is_gone(error):
+    async def gone(slot, info):
+        raise error
+
+    async def up(slot):
+        return slot.info
+
+    slot = Slot(0, info=ServerInfo("http://127.0.0.1:1", 1, 1))
+    fleet = SimpleNamespace(_when_up=up, _admit=gone, _exact=False, _version=3)
+    with pytest.raises(ServerError, match="cannot get version 3 of the trainer: "):
+        async with asyncio.timeout(5):
+            await Fleet._admit_when_up(fleet, slot)  # pyright: ignore[reportArgumentType]
 
 
 async def test_a_trainer_that_does_not_answer_is_named(monkeypatch):

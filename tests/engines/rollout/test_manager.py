@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import ray
+import torch
 from external_parts import Engine, answers, attached, until
 from ray.exceptions import RayError
 from rollout_parts import (
@@ -375,6 +376,7 @@ async def test_a_judge_served_by_sglang_is_reached_by_both_kinds_of_rewards(
         await judge.stop()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checksums of a CPU server")
 def test_a_server_that_dies_in_the_middle_of_a_broadcast_and_the_others_get_the_weights_after_all(
     rollout: RolloutParts, ray_cluster: Path
 ):
