@@ -1,5 +1,6 @@
 """Processes that a test kills, and that are dead when it goes on."""
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -11,7 +12,8 @@ def kill(processes: Iterable[psutil.Process], within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     processes = [*processes]
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it died of the death of another
+            process.kill()
     while alive := [*filter(is_alive, processes)]:
         assert time.monotonic() < deadline, f"{alive} outlived SIGKILL by {within_s:g} s"
         time.sleep(0.005)

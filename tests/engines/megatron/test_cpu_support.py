@@ -60,6 +60,14 @@ def test_a_named_random_state_goes_on_where_it_was_and_leaves_the_default_alone(
         tracker.add("a", 2)
 
 
+def last_line(code: str) -> str:
+    """Of what a new Python prints that runs it."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[
+        -1
+    ]
+
+
 def test_a_trainer_rank_loads_no_compiler_and_no_model_for_images():
     code = (
         "import sys\n"
@@ -69,10 +77,7 @@ def test_a_trainer_rank_loads_no_compiler_and_no_model_for_images():
         "left_out = {'torch._dynamo', 'torch._inductor.compile_fx', 'scipy'}\n"
         "print(sorted(left_out & sys.modules.keys()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert last_line(code) == "[]"
 
 
 def test_reading_a_tokenizer_loads_no_compiler_until_a_mask_needs_it():
@@ -85,10 +90,7 @@ def test_reading_a_tokenizer_loads_no_compiler_until_a_mask_needs_it():
         "from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as real\n"
         "print(type(masking_utils.TransformGetItemToIndex()) is real)"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines()[-1] == "True"
+    assert last_line(code) == "True"
 
 
 def test_what_is_compiled_when_it_is_called_gives_what_compiling_gives(monkeypatch):
