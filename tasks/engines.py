@@ -131,7 +131,7 @@ async def start_engines(config: RunSettings, plan: RunPlan, engines: Engines) ->
             "attach_trainer",
             list(engines.ranks),
             engines.cluster.namespace,
-            0.9 * engines.timeout_s,
+            0.9 * engines.timeout_s,  # before the flow's own, so that the rank is blamed
             timeout_s=timeout_s,
         )
 
