@@ -113,7 +113,10 @@ async def measure(
 
 
 def _config(shape: str, *words: str, new_tokens: int = NEW_TOKENS) -> RunConfig:
-    """The throughput recipe with that shape. Longer answers are packed fewer to a micro-batch."""
+    """The throughput recipe with that shape, and the weights of its folder, if it has any.
+
+    Longer answers are packed fewer to a micro-batch.
+    """
     files = throughput.make(Path(".rollflow/throughput") / shape, shape)
     name = f"bench-gpu-{shape}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     row = RUN_PROMPT_TOKENS + new_tokens
@@ -125,6 +128,8 @@ def _config(shape: str, *words: str, new_tokens: int = NEW_TOKENS) -> RunConfig:
         *("--sglang.max_total_tokens", str(cache)),
     )
     where = ("--model.path", str(files.model), "--data.path", str(files.train))
+    if any(files.model.glob("*.safetensors")):
+        where += ("--model.random_weights", "false")
     if share := SERVER_SHARE.get(shape):
         micro += ("--sglang.mem_fraction_static", str(share))
     if gate := GAP_MEAN.get(shape):

@@ -1,63 +1,55 @@
-"""TRL's GRPO on what ``rollflow bench --only gpu`` measures: the same shape, counts, lengths and reward.
+"""TRL's GRPO on what ``rollflow bench --only gpu`` measures: the same weights, prompts, lengths and reward.
 
 TRL is no dependency of rollflow: run it with an environment of its own that has trl, datasets and a
-transformers that this TRL takes, ``python tests/bench/trl_grpo.py --generation paged``. ``plain`` is
-transformers' generate, ``paged`` its continuous batching. Prints one line of JSON: seconds of an iteration,
-its parts, and reward per second of wall-clock time.
+transformers that this TRL takes, ``python tests/bench/trl_grpo.py .rollflow/throughput/0.6b --generation
+paged``, in a folder that ``rollflow bench`` has made, or that has its files. Weights are written beside its
+config.json unless there are some, and the bench takes those. ``plain`` is transformers' generate, ``paged``
+its continuous batching. Prints one line of JSON: seconds of an iteration, its parts, and reward per second
+of wall-clock time.
 """
 
 import argparse
+import itertools
 import json
-import random
 import statistics
 import time
-from typing import Any
+from pathlib import Path
 
 import torch
 import transformers
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from tokenizers import Tokenizer
+from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 
-SHAPES = {
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "heads": 16},
-    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "heads": 16},
-}
-VOCABULARY = 151936
-PROMPTS, SAMPLES, PROMPT_TOKENS = 32, 8, 64
+PROMPTS, SAMPLES = 32, 8
 
 
-def random_model(shape):
-    sizes: dict[str, Any] = {**SHAPES[shape], "rope_theta": 1e6}
-    heads = sizes.pop("heads")
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-        **sizes,
-    )
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM._from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    model.generation_config.update(pad_token_id=0, eos_token_id=None)
+def model_of(folder):
+    """In bfloat16; random weights are written to the folder where it has none."""
+    if not list(folder.glob("*.safetensors")):
+        with torch.device("cuda"):
+            made = Qwen3ForCausalLM._from_config(
+                AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+            )
+        made.save_pretrained(folder)
+    model = Qwen3ForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).cuda()
+    model.generation_config.update(eos_token_id=None)
     return model
 
 
-def tokenizer_without_end():
-    """A word for each token; the end has an id that the model cannot draw, so answers have full length."""
-    words = {"<pad>": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}, "<end>": VOCABULARY}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def tokenizer_without_end(folder, vocabulary):
+    """The folder's, but for its end: an id that the model cannot draw, so answers have full length."""
+    inner = json.loads((folder / "tokenizer.json").read_text())
+    inner["model"]["vocab"]["<end>"] = vocabulary
+    inner["post_processor"] = None
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", padding_side="left"
+        tokenizer_object=Tokenizer.from_str(json.dumps(inner)),
+        pad_token=json.loads((folder / "tokenizer_config.json").read_text())["pad_token"],
+        eos_token="<end>",
+        padding_side="left",
     )
 
 
@@ -97,21 +89,19 @@ def now():
 
 def main():
     words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("folder", type=Path, help="with model/ and train.jsonl")
     words.add_argument("--generation", choices=("plain", "paged"), default="plain")
-    words.add_argument("--shape", choices=tuple(SHAPES), default="0.6b")
     words.add_argument("--new-tokens", type=int, default=512)
     words.add_argument("--steps", type=int, default=3)
     words.add_argument("--rows", type=int, default=16, help="samples in a micro-batch")
     asked = words.parse_args()
-    draw = random.Random(0)
     torch.manual_seed(0)
-    texts = [
-        " ".join(f"w{draw.randrange(1, VOCABULARY)}" for _ in range(PROMPT_TOKENS))
-        for _ in range(PROMPTS * (asked.steps + 1))
-    ]
+    rows = map(json.loads, (asked.folder / "train.jsonl").open())
+    prompts = [row["prompt"] for row in itertools.islice(rows, PROMPTS * (asked.steps + 1))]
+    model = model_of(asked.folder / "model")
     clock = Clock()
     trainer = TimedTrainer(
-        model=random_model(asked.shape),
+        model=model,
         reward_funcs=share_of_even_tokens,
         args=trl.GRPOConfig(
             output_dir=".rollflow/trl",
@@ -132,8 +122,8 @@ def main():
             disable_tqdm=True,
             seed=0,
         ),
-        train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
-        processing_class=tokenizer_without_end(),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer_without_end(asked.folder / "model", model.config.vocab_size),
         callbacks=[clock],
     )
     trainer.clock = clock
@@ -143,7 +133,7 @@ def main():
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     facts = {
         "generation": asked.generation,
-        "shape": asked.shape,
+        "model": str(asked.folder),
         "iteration_s": step_s,
         "iterations_s": clock.steps,
         "generate_s": statistics.median(clock.generations[settled]),

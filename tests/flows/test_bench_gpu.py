@@ -55,6 +55,14 @@ def test_longer_answers_are_packed_fewer_to_a_micro_batch_of_the_same_tokens(mon
     assert long.sglang["max_total_tokens"] == 256 * (64 + 2048) + 4096
 
 
+def test_the_weights_of_a_shape_s_folder_are_taken_where_it_has_some(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "gpu_memory_gib", lambda: 140.0)
+    assert gpu._config("0.6b").model.random_weights
+    (tmp_path / ".rollflow/throughput/0.6b/model/model.safetensors").touch()
+    assert not gpu._config("0.6b").model.random_weights
+
+
 def test_shapes_have_the_sizes_of_their_names():
     assert 0.59e9 < gpu.parameters("0.6b") < 0.61e9
     assert 1.7e9 < gpu.parameters("1.7b") < 1.73e9

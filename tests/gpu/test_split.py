@@ -37,8 +37,8 @@ TRAIN = """
 import asyncio, json, sys
 from rollflow.flows import server
 from rollflow.flows.arguments import load_config, recipes
-from rollflow.flows.train import train
 server.use_server()
+from rollflow.flows.train import train
 summary = asyncio.run(train(load_config(recipes()["arithmetic_gpu"], sys.argv[1:])))
 print(json.dumps(summary.perf))
 """
