@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from rollflow.storage.config import Config
 
@@ -56,6 +56,14 @@ class ClusterConfig(Config):
     committed a step in between."""
     lease_s: float = Field(default=60.0, gt=0)
     """Seconds after which a run whose flow is silent may be taken over by another flow."""
+
+    @field_validator("address")
+    @classmethod
+    def _address_is_one(cls, address: str) -> str:
+        port = address.rpartition(":")[2]
+        if address not in ("local", "auto", "null") and not (":" in address and port.isdecimal()):
+            raise ValueError("give host:port (Ray's port is 6379), 'auto', 'local' or 'null'")
+        return address
 
 
 @dataclass(frozen=True, slots=True)

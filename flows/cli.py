@@ -39,7 +39,7 @@ imported by commands that do without."""
 app = App(
     name="rollflow",
     help="Reinforcement-learning post-training of language models as a workflow.",
-    suppress_keyboard_interrupt=False,  # main() tells how to go on
+    suppress_keyboard_interrupt=False,  # main() gives it its exit status
 )
 cli_look.register(app)
 cli_derive.register(app)
@@ -66,7 +66,7 @@ def main() -> None:
     except BaseException as error:  # a signal, unless it is somebody's SystemExit
         if (status := SIGNALLED.get(type(error).__name__)) is None:
             raise
-        print("interrupted; `rollflow resume RUN` goes on from the log", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(status)
 
 
@@ -243,5 +243,11 @@ def _run_flow(name: str, config: "RunConfig", **options: int | None) -> None:
     from .show import print_summary
 
     flows = {"train": training.train, "sft": training.sft, "evaluate": evaluating.evaluate}
-    summary = asyncio.run(flows[name](config, **options))
+    try:
+        summary = asyncio.run(flows[name](config, **options))
+    except BaseException as error:
+        if type(error).__name__ in SIGNALLED and name != "evaluate":
+            where = "" if config.store.url == DEFAULT_STORE else f" --store {config.store.url}"
+            print(f"`rollflow resume {config.name}{where}` goes on from the log", file=sys.stderr)
+        raise
     print_summary(config, summary, ui, console)

@@ -22,6 +22,7 @@ def check_settings(config: RunSettings) -> None:
     """Everything that can be checked without reading the data or writing to the store."""
     check_platform(config)
     check_hooks(config)
+    check_generation(config)
     check_model(config)
     check_critic(config)
     check_lengths(config)
@@ -110,6 +111,15 @@ def check_hooks(config: RunSettings) -> None:
         if dataset.generate:
             load_hook(dataset.generate, "generate")
     check_own_mathematics(config)
+
+
+def check_generation(config: RunSettings) -> None:
+    """Somebody answers the prompts: a server, or a function that needs none."""
+    if not config.rollout.generates and not config.rollout.generate:
+        raise ValueError(
+            "rollout.servers = 0: nobody answers the prompts; set it to 1 or more, or give rollout.external, "
+            "rollout.groups, or in rollout.generate a function that asks no server"
+        )
 
 
 def check_own_mathematics(config: RunSettings) -> None:

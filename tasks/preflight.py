@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from rollflow.storage.checkpoints import newest_valid_checkpoint
 from rollflow.storage.config import DataConfig
 from rollflow.storage.objects import Store
-from rollflow.storage.prompts import load_prompts
+from rollflow.storage.prompts import PromptSet, load_prompts
 from rollflow.storage.refs import CheckpointRef, RunRef
 from rollflow.storage.runs import (
     ConfigMismatch,
@@ -63,14 +63,15 @@ async def preflight(config: RunSettings, origin: Origin | None = None) -> RunPla
     """
     check_settings(config)
     store = Store(config.store)
-    prompts = load_prompts(store, config.data)
-    check_template("data", config.data, config.model.path, prompts)
-    for source in config.sources:
-        check_template("sources", source, config.model.path, load_prompts(store, source))
+    prompts = _check_data(store, "data", config.data, config.model.path)
+    for i, source in enumerate(config.sources):
+        _check_data(store, f"sources[{i}]", source, config.model.path)
     for dataset in config.evals:
-        eval_prompts = load_prompts(store, dataset.data)
-        check_template(f"evals {dataset.name}", dataset.data, config.model.path, eval_prompts)
-    _check_enough("data", config.data, len(prompts.prompts), config.rollout.batch_size)
+        _check_data(store, f"evals {dataset.name}: data", dataset.data, config.model.path)
+    if len(prompts.prompts) < (wanted := config.rollout.batch_size):
+        print(
+            f"data: {len(prompts.prompts)} prompts for batches of {wanted}; a batch will span epochs"
+        )
     if prompts.skipped:
         first = prompts.skipped[0]
         print(
@@ -90,7 +91,12 @@ def open_or_create(config: RunSettings, origin: Origin | None = None) -> RunRef:
         if differences := config_differences(recorded(config, record), decides):
             raise ConfigMismatch(config.name, differences)
         decides = record.config
-    return create_run(store, config.name, decides, versions(), code_revision(), rest, origin)
+    try:
+        return create_run(store, config.name, decides, versions(), code_revision(), rest, origin)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"store.url = {config.store.url!r}: no run can be written there ({error}); give another place"
+        ) from error
 
 
 def find_plan(config: RunSettings, run: RunRef) -> RunPlan:
@@ -130,8 +136,17 @@ def code_revision() -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def _check_enough(field: str, data: DataConfig, rows: int, wanted: int) -> None:
-    if rows == 0:
-        raise ValueError(f"{field}.path = {data.path!r} has no usable row")
-    if rows < wanted:
-        print(f"{field}: {rows} prompts for batches of {wanted}; a batch will span epochs")
+def _check_data(store: Store, field: str, data: DataConfig, model: str) -> PromptSet:
+    """The prompts of a dataset; what is wrong with them is said of ``field``."""
+    try:
+        prompts = load_prompts(store, data)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    check_template(field, data, model, prompts)
+    named = "label_key" in data.model_fields_set
+    if named and all(prompt.label is None for prompt in prompts.prompts):
+        raise ValueError(
+            f"{field}.label_key = {data.label_key!r}: no row has a label there; give the column's name, or "
+            "leave it out"
+        )
+    return prompts

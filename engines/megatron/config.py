@@ -125,12 +125,12 @@ class CheckpointConfig(Config):
 class GatesConfig(Config):
     """Numbers that must hold, or the run stops. Defaults depend on the model's dtype."""
 
-    logprob_gap_max: float | None = None
+    logprob_gap_max: float | None = Field(default=None, gt=0)
     """Largest |trainer - rollout| log-probability of a token before each step's first update
     (default 1e-4 in float32, none in bfloat16)."""
-    logprob_gap_mean: float | None = None
+    logprob_gap_mean: float | None = Field(default=None, gt=0)
     """Its mean (default none in float32, 0.02 in bfloat16)."""
-    mismatch_kl: float | None = None
+    mismatch_kl: float | None = Field(default=None, gt=0)
     """Estimated KL(rollout || trainer) (default none in float32, 0.002 in bfloat16)."""
 
 
@@ -170,6 +170,9 @@ def megatron_settings() -> dict[str, Setting]:
 
 
 def check_megatron(given: Mapping[str, Any]) -> None:
-    """Refuse names that megatron-core's configuration classes lack or rollflow owns, and values of a
-    wrong type."""
+    """Refuse names that megatron-core's configuration classes lack or rollflow owns, values of a
+    wrong type, and rates below 0."""
     check_table("megatron", given, megatron_settings(), MEGATRON_OWNED)
+    for name in ("lr", "min_lr", "weight_decay", "clip_grad"):
+        if (value := given.get(name, 0)) < 0:
+            raise ValueError(f"megatron.{name} = {value} is below 0; give 0 or more")

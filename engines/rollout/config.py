@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rollflow.engines.hooks.signatures import HookKind
 from rollflow.storage.config import Config, DataConfig
@@ -25,10 +25,18 @@ class SamplingConfig(Config):
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = -1
+    """Draw from so many of the most probable tokens; -1: from all."""
     max_new_tokens: int = Field(default=256, gt=0)
     stop: list[str] = Field(default_factory=list)
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k_leaves_a_token(cls, top_k: int) -> int:
+        if top_k < -1 or top_k == 0:
+            raise ValueError("give 1 or more, or -1 to draw from all tokens")
+        return top_k
 
 
 Mode = Literal["sync", "one_step_ahead", "async"]

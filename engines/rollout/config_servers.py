@@ -56,8 +56,14 @@ def router_settings() -> dict[str, Setting]:
 
 
 def check_sglang(given: Mapping[str, Any], table: str = "sglang") -> None:
-    """Refuse names that SGLang's ``ServerArgs`` lacks or rollflow owns, and values of a wrong type."""
+    """Refuse names that SGLang's ``ServerArgs`` lacks or rollflow owns, values of a wrong type, and more
+    than all of a GPU's memory."""
     check_table(table, given, sglang_settings(), SGLANG_OWNED)
+    share = given.get("mem_fraction_static")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(
+            f"{table}.mem_fraction_static = {share} is no share of the memory; give one between 0 and 1"
+        )
 
 
 def check_router(given: Mapping[str, Any]) -> None:

@@ -72,6 +72,12 @@ def test_the_command_line_does_not_change_the_tree_that_it_is_laid_over():
         (["--sglang-model-path", "x"], "sglang.model_path is set by rollflow: use model.path"),
         (["--router-port", "1"], "router.port is set by rollflow"),
         (["--steps", "-1"], "steps = -1"),
+        (["--lr", "-1"], "megatron.lr = -1 is below 0"),
+        (["--sglang-mem-fraction-static", "1.5"], "sglang.mem_fraction_static = 1.5 is no share"),
+        (["--rollout.sampling.top_k", "0"], "rollout.sampling.top_k = 0: give 1 or more, or -1"),
+        (["--cluster.address", "127.0.0.1"], "cluster.address = '127.0.0.1': give host:port"),
+        (["--gates.mismatch_kl", "-1"], "gates.mismatch_kl = -1"),
+        (["--gates.mismatch_kl", "nan"], "gates.mismatch_kl = nan"),
         (["--trainer.updates_per_batch", "3"], "rollout.batch_size = 32"),
         (["--algorithm.name", "distill"], "needs rollout.teacher"),
         (

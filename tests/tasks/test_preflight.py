@@ -70,7 +70,11 @@ def nothing(outcomes):
             ["--algorithm", '{name = "ppo", critic = {lr_warmup_steps = 3}}'],
             "algorithm.critic.lr_warmup_steps = 3 is not below the 3 updates",
         ),
-        (["--store.url", "/proc/rollflow"], "/proc/rollflow"),
+        (["--store.url", "/proc/rollflow"], "store.url = '/proc/rollflow': no run can be written"),
+        (["--rollout.servers", "0"], "rollout.servers = 0: nobody answers the prompts"),
+        (["--data.label_key", "answer"], "data.label_key = 'answer': no row has a label there"),
+        (["--data.path", "/proc"], "data: path '/proc' is a folder"),
+        (["--sources", '[{path = "/nowhere.jsonl"}]'], "sources[0]: path '/nowhere.jsonl'"),
         (["--store.url", "nosuch://bucket"], "store.url = 'nosuch://bucket'"),
         (["--store.url", f"{__file__}/store"], "test_preflight.py is a file; give a folder"),
         (["--rollout.sampling.max_new_tokens", "512"], "rollout.sampling.max_new_tokens = 512"),
@@ -148,6 +152,7 @@ async def test_a_run_of_an_earlier_version_goes_on(tree):
 
 async def test_an_evaluation_of_labels_needs_no_room_for_answers(tree):
     words = ["--data.path", tree["data"]["path"], "--rollout.servers", "0"]
+    words += ["--rollout.generate", "rollflow.engines.rollout.supervised:generate"]
     loss = f'[{{name = "labels", loss = true, data = {{path = "{tree["data"]["path"]}"}}}}]'
     await preflight.fn(build_config(overlay(tree, [*words, "--evals", loss])))
 
