@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from .config import ClusterConfig
 from .platform import detect, one_thread_env
+from .scratch import scratch_folder
 
 ORDER = "order"
 """Name of the actor that hands out calls to several actors at once."""
@@ -53,7 +53,7 @@ class EngineDiedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterRef:
-    """A connection to Ray, e.g. ``ClusterRef("local", "arithmetic", "/tmp/rf-x1y2")``."""
+    """A connection to Ray, e.g. ``ClusterRef("local", "arithmetic", "/tmp/rollflow-0/x1y2")``."""
 
     address: str
     namespace: str
@@ -96,7 +96,7 @@ def _join(config: ClusterConfig, namespace: str) -> str:
 
 
 def _start(config: ClusterConfig, namespace: str) -> str:
-    temp_dir = tempfile.mkdtemp(prefix="rf-")
+    temp_dir = str(scratch_folder())
     try:
         _start_private(namespace, temp_dir, detect(config.device).gpus)
     except BaseException as error:  # a signal too: what was started must not outlive us

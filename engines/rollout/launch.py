@@ -16,7 +16,7 @@ import sys
 import tempfile
 from typing import Any
 
-from rollflow.engines.rollout.scratch import scratch_folder
+from rollflow.engines.scratch import scratch_folder
 
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
 """SGLang's own switch, set by the owner. Processes that SGLang spawns inherit it, and import this

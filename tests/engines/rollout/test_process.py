@@ -12,8 +12,8 @@ import pytest
 
 from rollflow.engines.rollout.ports import PortLease
 from rollflow.engines.rollout.process import OwnedProcess
-from rollflow.engines.rollout.scratch import scratch_folder
 from rollflow.engines.rollout.server import ServerError, wait_until_up
+from rollflow.engines.scratch import scratch_folder
 
 OWNER = """
 import sys, time
@@ -65,7 +65,7 @@ def test_a_scratch_folder_is_swept_up_once_its_owner_is_gone(
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = (
-        "import os, signal; from rollflow.engines.rollout.scratch import scratch_folder;"
+        "import os, signal; from rollflow.engines.scratch import scratch_folder;"
         "print(scratch_folder(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run(
