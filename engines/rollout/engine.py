@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from rollflow.engines.hooks import Completion
@@ -14,6 +15,8 @@ from .client import GenerateClient
 
 TOOLS = "tools"
 """Key in a prompt's metadata: what the chat template tells the model that it may call."""
+ENCODED = 512
+"""Texts whose tokens are kept: all samples of a group ask for those of one."""
 
 
 class RolloutEngine:
@@ -30,6 +33,7 @@ class RolloutEngine:
     ) -> None:
         """``together``: requests of a group that come at the same moment go to a server as one."""
         self.tokenizer = tokenizer
+        self._encode = lru_cache(ENCODED)(tokenizer.encode)
         self._routed_experts = routed_experts
         self._together = together
         self._data = data
@@ -50,9 +54,9 @@ class RolloutEngine:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. ValueError for messages without a chat template."""
         if isinstance(prompt.prompt, str) and not self._data.apply_chat_template:
-            return self.tokenizer.encode(prompt.prompt)
+            return [*self._encode(prompt.prompt)]
         text = self.render(prompt, _messages(prompt))
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return [*self._encode(text, add_special_tokens=False)]
 
     def render(
         self, prompt: Prompt, messages: Sequence[Message], *, add_generation_prompt: bool = True

@@ -99,6 +99,11 @@ def run_server(arguments: dict[str, Any]) -> None:
 
     from rollflow.engines.rollout import experts
 
+    if ON_CPU:
+        from rollflow.engines.cpu import attention
+
+        attention.install()
+
     if arguments.get(experts.SWITCH):
         experts.ask_by_id()
     launch_server(ServerArgs(**arguments))
