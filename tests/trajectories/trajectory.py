@@ -70,6 +70,7 @@ SETTINGS = (
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
     *("--rollout.n_samples_per_prompt", "8"),
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_decay_steps", "1000"),
+    *("--trainer.lr_warmup_steps", "15"),
 )
 SUPERVISED = (
     *("--rollout.servers", "0"),
