@@ -98,13 +98,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ends = {
-            Pause: "suspended",
-            asyncio.CancelledError: "cancelled",
-            TerminationSignal: "cancelled",
-        }
-        failure = ends.get(kind, f"failed: {error or kind.__name__}") if kind else "ended"
-        self.show(failure)
+        self.show(ending(error))
         self._shown.close()
         self._bars.stop()
         self._telling.close()
@@ -223,3 +217,14 @@ def median_split(splits: list[dict[str, float]]) -> dict[str, float]:
     """Median seconds by phase, largest last ``total``; empty without steps."""
     phases = list(splits[0]) if splits else []
     return {p: statistics.median(s.get(p, 0.0) for s in splits) for p in phases}
+
+
+def ending(error: BaseException | None) -> str:
+    """How a flow ended, in a few words: of itself, or by what was raised."""
+    if error is None:
+        return "ended"
+    if isinstance(error, Pause):
+        return "suspended"
+    if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | TerminationSignal):
+        return "cancelled"
+    return f"failed: {str(error) or type(error).__name__}"

@@ -7,6 +7,7 @@ import pytest
 
 from rollflow.flows import cli, server
 from rollflow.flows import train as training
+from rollflow.flows.progress import ending
 from rollflow.flows.terminal import Unbreakable
 from rollflow.tasks import checks
 
@@ -38,3 +39,16 @@ def test_a_run_that_is_interrupted_says_the_command_that_goes_on(monkeypatch, ca
     with pytest.raises(KeyboardInterrupt):
         cli.train("arithmetic_cpu", "--name", "mine", "--store.url", store)
     assert capsys.readouterr().err == f"`rollflow resume mine{where}` goes on from the log\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "ended"),
+        (KeyboardInterrupt(), "cancelled"),
+        (ValueError("no such file"), "failed: no such file"),
+        (AssertionError(), "failed: AssertionError"),
+    ],
+)
+def test_a_flow_says_how_it_ended(error, said):
+    assert ending(error) == said
