@@ -53,7 +53,7 @@ class EngineDiedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ClusterRef:
-    """A connection to Ray, e.g. ``ClusterRef("local", "arithmetic", "/tmp/rollflow-0/x1y2")``."""
+    """A connection to Ray, e.g. ``ClusterRef("local", "arithmetic", "/tmp/rf-0/x1y2z3w4")``."""
 
     address: str
     namespace: str

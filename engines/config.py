@@ -60,8 +60,9 @@ class ClusterConfig(Config):
     @field_validator("address")
     @classmethod
     def _address_is_one(cls, address: str) -> str:
-        port = address.rpartition(":")[2]
-        if address not in ("local", "auto", "null") and not (":" in address and port.isdecimal()):
+        host, _, port = address.rpartition(":")
+        is_place = port.isdecimal() and (host.startswith("[") or host.count(":") == 0) and host
+        if not (address in ("local", "auto", "null") or "://" in address or is_place):
             raise ValueError("give host:port (Ray's port is 6379), 'auto', 'local' or 'null'")
         return address
 

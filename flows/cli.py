@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -247,7 +248,9 @@ def _run_flow(name: str, config: "RunConfig", **options: int | None) -> None:
         summary = asyncio.run(flows[name](config, **options))
     except BaseException as error:
         if type(error).__name__ in SIGNALLED and name != "evaluate":
-            where = "" if config.store.url == DEFAULT_STORE else f" --store {config.store.url}"
-            print(f"`rollflow resume {config.name}{where}` goes on from the log", file=sys.stderr)
+            url = config.store.url
+            where = "" if url == DEFAULT_STORE else f" --store {shlex.quote(url)}"
+            resume = "" if config.store.options else f", or `rollflow resume {config.name}{where}`,"
+            print(f"the same command{resume} goes on from the log", file=sys.stderr)
         raise
     print_summary(config, summary, ui, console)

@@ -27,8 +27,10 @@ PACKAGES = {
     "sglang": "generation",
     "sglang-router": "generation",
 }
-SOCKET_PATH_BYTES = 60
-"""What Ray leaves of the 107 bytes of a Unix socket's path for its temporary folder."""
+SOCKET_PATH_BYTES = 107 - len(
+    "/rf-65534/x1y2z3w4/session_2026-11-29_22-47-06_284003_4194304/sockets/plasma_store"
+)
+"""What a run's own Ray leaves of a Unix socket's path for the folder of temporary files."""
 DISK_BYTES = 5 << 30
 MEMORY_BYTES = 6 << 30
 

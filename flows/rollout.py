@@ -8,6 +8,7 @@ from rollflow.storage.objects import Store
 from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.runs import Origin, open_run
 from rollflow.tasks.checkpoint import checkpoint_weights
+from rollflow.tasks.checks import check_generation
 from rollflow.tasks.engines import Engines, running_engines
 from rollflow.tasks.generate import generate
 from rollflow.tasks.preflight import RunPlan, preflight
@@ -38,6 +39,7 @@ async def rollout(config: RunConfig, weights_of: str, step: int | None) -> Rollo
     if weights_of:
         config, details = await _with_weights(config, weights_of, step)
     origin = Origin("rollout", weights_of, details=details)
+    check_generation(config)
     plan = await preflight(config, origin)
     async with only_writer(config, plan.run) as lease:
         batches = await from_the_log(config, lease, lambda plan: _generate(config, plan))

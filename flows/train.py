@@ -3,6 +3,7 @@
 from prefect import flow
 
 from rollflow.tasks.checkpoint import save_checkpoint
+from rollflow.tasks.checks import check_generation
 from rollflow.tasks.engines import restore_checkpoint, running_engines
 from rollflow.tasks.preflight import RunPlan, preflight
 from rollflow.tasks.recovery import from_the_log, only_writer
@@ -20,6 +21,7 @@ from .progress import Progress, RunSummary
 @flow(name="train", flow_run_name="{config.name}")
 async def train(config: RunConfig) -> RunSummary:
     """Train for ``config.steps`` steps, from wherever this run last committed."""
+    check_generation(config)
     plan = await preflight(config)  # every mistake shows here, before an engine starts
     await refuse_crash_loop(config.name, config.cluster.max_recoveries, (config.store, plan.run))
     async with only_writer(config, plan.run) as lease:

@@ -22,7 +22,6 @@ def check_settings(config: RunSettings) -> None:
     """Everything that can be checked without reading the data or writing to the store."""
     check_platform(config)
     check_hooks(config)
-    check_generation(config)
     check_model(config)
     check_critic(config)
     check_lengths(config)

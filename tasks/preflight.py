@@ -143,8 +143,8 @@ def _check_data(store: Store, field: str, data: DataConfig, model: str) -> Promp
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error
     check_template(field, data, model, prompts)
-    named = "label_key" in data.model_fields_set
-    if named and all(prompt.label is None for prompt in prompts.prompts):
+    usual = DataConfig.model_fields["label_key"].default
+    if data.label_key != usual and all(prompt.label is None for prompt in prompts.prompts):
         raise ValueError(
             f"{field}.label_key = {data.label_key!r}: no row has a label there; give the column's name, or "
             "leave it out"

@@ -57,8 +57,12 @@ def prefilling(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         ):
             tokens_BN = starts_R[rows_B, None] + torch.arange(new)
             slots_BL = slots_PL[places_R[rows_B], : before + new]
-            seen_NL = torch.ones(new, before + new, dtype=torch.bool).tril(before)
-            output_THD[tokens_BN] = _attended(query_THD[tokens_BN], caches, slots_BL, how, seen_NL)
+            seen_NL = (
+                torch.ones(new, before + new, dtype=torch.bool).tril(before) if before else None
+            )
+            output_THD[tokens_BN] = _attended(
+                query_THD[tokens_BN], caches, slots_BL, how, seen_NL, causal=not before
+            )
         return output_THD
 
     return extend
@@ -128,6 +132,8 @@ def _attended(
     slots_BL: Tensor,
     how: dict[str, Any],
     seen_NL: Tensor | None = None,
+    *,
+    causal: bool = False,
 ) -> Tensor:
     keys_BGLD, values_BGLD = (cache[slots_BL].transpose(1, 2) for cache in caches)
     attended_BHND = scaled_dot_product_attention(
@@ -135,6 +141,7 @@ def _attended(
         keys_BGLD,
         values_BGLD,
         attn_mask=seen_NL,
+        is_causal=causal,
         scale=how.get("scaling"),
         enable_gqa=bool(how.get("enable_gqa")),
     )

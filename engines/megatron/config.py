@@ -174,5 +174,5 @@ def check_megatron(given: Mapping[str, Any]) -> None:
     wrong type, and rates below 0."""
     check_table("megatron", given, megatron_settings(), MEGATRON_OWNED)
     for name in ("lr", "min_lr", "weight_decay", "clip_grad"):
-        if (value := given.get(name, 0)) < 0:
+        if isinstance(value := given.get(name), int | float) and value < 0:
             raise ValueError(f"megatron.{name} = {value} is below 0; give 0 or more")

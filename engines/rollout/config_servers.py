@@ -60,7 +60,7 @@ def check_sglang(given: Mapping[str, Any], table: str = "sglang") -> None:
     than all of a GPU's memory."""
     check_table(table, given, sglang_settings(), SGLANG_OWNED)
     share = given.get("mem_fraction_static")
-    if share is not None and not 0 < share < 1:
+    if isinstance(share, int | float) and not 0 < share < 1:
         raise ValueError(
             f"{table}.mem_fraction_static = {share} is no share of the memory; give one between 0 and 1"
         )

@@ -46,6 +46,7 @@ class _Training:
             *(sys.executable, "-m", "rollflow", "train", "arithmetic_cpu"),
             *("--name", name, "--steps", str(STEPS), "--checkpoint.every", str(EVERY)),
             *("--evals", "[]", "--trainer.lr_decay_style", "constant"),
+            *("--trainer.lr_warmup_steps", "0"),
             *("--model.path", str(model), "--model.random_weights", "true"),
         ]
         self._log = Path(f".rollflow/logs/{name}.log").resolve()

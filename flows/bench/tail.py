@@ -56,7 +56,7 @@ async def measure(console: Console) -> dict:
 async def _one(words: tuple[str, ...]) -> dict[str, float]:
     name = f"bench-tail-{'early' if words else 'all'}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     settings = (
-        "--steps", str(STEPS), "--evals", "[]",
+        "--steps", str(STEPS), "--evals", "[]", "--trainer.lr_warmup_steps", "0",
         "--model.path", str(FOLDERS["cpu"] / "model"), "--model.random_weights", "true",
         "--rollout.generate", "rollflow.flows.bench.long_tail:generate",
         "--rollout.batch_size", str(GROUPS), "--rollout.n_samples_per_prompt", str(SAMPLES),

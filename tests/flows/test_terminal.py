@@ -38,7 +38,10 @@ def test_a_run_that_is_interrupted_says_the_command_that_goes_on(monkeypatch, ca
         monkeypatch.setattr(module, name, stand_in)
     with pytest.raises(KeyboardInterrupt):
         cli.train("arithmetic_cpu", "--name", "mine", "--store.url", store)
-    assert capsys.readouterr().err == f"`rollflow resume mine{where}` goes on from the log\n"
+    assert (
+        capsys.readouterr().err
+        == f"the same command, or `rollflow resume mine{where}`, goes on from the log\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from rollflow.flows.arguments import build_config, overlay
 from rollflow.flows.recipes import arithmetic
 from rollflow.storage.objects import Store
 from rollflow.storage.runs import ConfigMismatch, create_run, read_run
-from rollflow.tasks.checks import check_colocation, check_experts, check_router_replay
+from rollflow.tasks.checks import (
+    check_colocation,
+    check_experts,
+    check_generation,
+    check_router_replay,
+)
 from rollflow.tasks.identity import identity, the_rest
 from rollflow.tasks.preflight import preflight
 
@@ -71,7 +76,6 @@ def nothing(outcomes):
             "algorithm.critic.lr_warmup_steps = 3 is not below the 3 updates",
         ),
         (["--store.url", "/proc/rollflow"], "store.url = '/proc/rollflow': no run can be written"),
-        (["--rollout.servers", "0"], "rollout.servers = 0: nobody answers the prompts"),
         (["--data.label_key", "answer"], "data.label_key = 'answer': no row has a label there"),
         (["--data.path", "/proc"], "data: path '/proc' is a folder"),
         (["--sources", '[{path = "/nowhere.jsonl"}]'], "sources[0]: path '/nowhere.jsonl'"),
@@ -150,9 +154,23 @@ async def test_a_run_of_an_earlier_version_goes_on(tree):
     assert refused.value.keys == ["megatron.lr"]
 
 
+def test_a_training_without_anybody_to_generate_is_refused(tree):
+    nobody = ["--rollout.servers", "0"]
+    with pytest.raises(ValueError, match=r"rollout\.servers = 0: nobody answers the prompts"):
+        check_generation(build_config(overlay(tree, nobody)))
+    hook = ["--rollout.generate", "rollflow.engines.rollout.supervised:generate"]
+    check_generation(build_config(overlay(tree, [*nobody, *hook])))
+
+
+async def test_settings_that_went_through_a_form_name_no_label_column(tree):
+    rows = Path(tree["data"]["path"])
+    rows.write_text('{"prompt": "1+1="}\n')
+    config = build_config(overlay(tree, []))
+    await preflight.fn(build_config(config.model_dump(mode="json")))
+
+
 async def test_an_evaluation_of_labels_needs_no_room_for_answers(tree):
     words = ["--data.path", tree["data"]["path"], "--rollout.servers", "0"]
-    words += ["--rollout.generate", "rollflow.engines.rollout.supervised:generate"]
     loss = f'[{{name = "labels", loss = true, data = {{path = "{tree["data"]["path"]}"}}}}]'
     await preflight.fn(build_config(overlay(tree, [*words, "--evals", loss])))
 

@@ -70,8 +70,9 @@ SETTINGS = (
     *("--trainer.ranks", "1", "--rollout.servers", "1", "--rollout.deterministic", "true"),
     *("--rollout.n_samples_per_prompt", "8"),
     *("--trainer.lr_decay_style", "constant", "--trainer.lr_decay_steps", "1000"),
-    *("--trainer.lr_warmup_steps", "15"),
 )
+RATE = ("--lr", "2e-4", "--trainer.lr_warmup_steps", "15")
+"""Of what learns by rewards, whatever its recipe has."""
 SUPERVISED = (
     *("--rollout.servers", "0"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
@@ -134,6 +135,7 @@ def words_of(recipe: str, course: Course, data: str = "arithmetic") -> list[str]
     algorithm = load_config(recipes()[recipe], ()).algorithm.name
     words = [
         *SETTINGS,
+        *(() if algorithm == "sft" else RATE),
         *course.words,
         "--model.path",
         str(course.start),
