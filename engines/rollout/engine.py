@@ -33,7 +33,7 @@ class RolloutEngine:
     ) -> None:
         """``together``: requests of a group that come at the same moment go to a server as one."""
         self.tokenizer = tokenizer
-        self._encode = lru_cache(ENCODED)(tokenizer.encode)
+        self._encode = lru_cache(ENCODED)(self._encoded)
         self._routed_experts = routed_experts
         self._together = together
         self._data = data
@@ -57,6 +57,9 @@ class RolloutEngine:
             return [*self._encode(prompt.prompt)]
         text = self.render(prompt, _messages(prompt))
         return [*self._encode(text, add_special_tokens=False)]
+
+    def _encoded(self, text: str, **how: Any) -> list[int]:
+        return self.tokenizer.encode(text, **how)
 
     def render(
         self, prompt: Prompt, messages: Sequence[Message], *, add_generation_prompt: bool = True
