@@ -6,7 +6,7 @@ of what a server of short answers does. What is not plain causal attention is le
 
 import importlib.metadata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ def install() -> None:
         return
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Backend
 
-    for way in (prefilling, decoding):
-        whole = getattr(Backend, name := f"_run_sdpa_forward_{WAYS[way]}")
-        setattr(Backend, name, way(whole))
+    Backend._run_sdpa_forward_extend = prefilling(Backend._run_sdpa_forward_extend)
+    Backend._run_sdpa_forward_decode = decoding(Backend._run_sdpa_forward_decode)
 
 
 def prefilling(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,17 +51,10 @@ def prefilling(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
             where = (slots_PL, places_R, lengths_R, before_R, new_R)
             return whole(self, query_THD, output_THD, *caches, *where, *rest, **how)
         starts_R = new_R.cumsum(0) - new_R
-        for (before, new), rows_B in alike(
-            list(zip(before_R.tolist(), new_R.tolist(), strict=True))
-        ):
+        for (before, new), rows_B in alike(zip(before_R.tolist(), new_R.tolist(), strict=True)):
             tokens_BN = starts_R[rows_B, None] + torch.arange(new)
             slots_BL = slots_PL[places_R[rows_B], : before + new]
-            seen_NL = (
-                torch.ones(new, before + new, dtype=torch.bool).tril(before) if before else None
-            )
-            output_THD[tokens_BN] = _attended(
-                query_THD[tokens_BN], caches, slots_BL, how, seen_NL, causal=not before
-            )
+            output_THD[tokens_BN] = _attended(query_THD[tokens_BN], caches, slots_BL, how)
         return output_THD
 
     return extend
@@ -87,16 +79,12 @@ def decoding(whole: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not is_plain(query_RHD, caches, rest, how):
             where = (slots_PL, places_R, lengths_R)
             return whole(self, query_RHD, output_RHD, *caches, *where, *rest, **how)
-        for length, rows_B in alike(lengths_R.tolist()):
-            slots_BL = slots_PL[places_R[rows_B], :length]
+        for (before, new), rows_B in alike((length - 1, 1) for length in lengths_R.tolist()):
+            slots_BL = slots_PL[places_R[rows_B], : before + new]
             output_RHD[rows_B] = _attended(query_RHD[rows_B, None], caches, slots_BL, how)[:, 0]
         return output_RHD
 
     return decode
-
-
-WAYS = {prefilling: "extend", decoding: "decode"}
-"""What SGLang calls each."""
 
 
 def is_plain(
@@ -115,15 +103,17 @@ def is_plain(
     )
 
 
-def alike(kinds: Sequence[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """(kind, rows [B] that are of it), in the order of their first rows; no more of it than fit."""
-    found: dict[Any, list[int]] = defaultdict(list)
-    for row, kind in enumerate(kinds):
-        found[kind].append(row)
-    for kind, rows in found.items():
-        length = sum(kind) if isinstance(kind, tuple) else kind
-        for part in torch.tensor(rows).split(max(1, TOKENS // max(1, length))):
-            yield kind, part
+def alike(lengths: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """(lengths, rows [B] that have them), in the order of their first rows; of many rows some at a time.
+
+    ``lengths`` of each row: tokens before, and new ones.
+    """
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for row, of_row in enumerate(lengths):
+        found[of_row].append(row)
+    for of_rows, rows in found.items():
+        for part in torch.tensor(rows).split(max(1, TOKENS // max(1, sum(of_rows)))):
+            yield of_rows, part
 
 
 def _attended(
@@ -131,17 +121,19 @@ def _attended(
     caches: tuple[Tensor, Tensor],
     slots_BL: Tensor,
     how: dict[str, Any],
-    seen_NL: Tensor | None = None,
-    *,
-    causal: bool = False,
 ) -> Tensor:
+    """Queries of each sequence's last tokens, over all tokens of the sequence up to each of them."""
+    new, length = query_BNHD.shape[1], slots_BL.shape[1]
+    seen_NL = None
+    if 1 < new < length:
+        seen_NL = torch.ones(new, length, dtype=torch.bool).tril(length - new)
     keys_BGLD, values_BGLD = (cache[slots_BL].transpose(1, 2) for cache in caches)
     attended_BHND = scaled_dot_product_attention(
         query_BNHD.transpose(1, 2),
         keys_BGLD,
         values_BGLD,
         attn_mask=seen_NL,
-        is_causal=causal,
+        is_causal=new == length,
         scale=how.get("scaling"),
         enable_gqa=bool(how.get("enable_gqa")),
     )

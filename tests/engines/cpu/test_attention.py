@@ -83,7 +83,8 @@ def test_what_a_sequence_gets_does_not_depend_on_the_others():
 def test_long_sequences_are_gathered_in_parts(monkeypatch):
     whole = extended(EXTEND, [0] * len(LENGTHS), **PLAIN, causal=True)
     monkeypatch.setattr(attention, "TOKENS", 7)
-    assert [rows.tolist() for _, rows in attention.alike([3, 3, 9, 3])] == [[0, 1], [3], [2]]
+    parts = attention.alike([(0, 3), (0, 3), (8, 1), (0, 3)])
+    assert [rows.tolist() for _, rows in parts] == [[0, 1], [3], [2]]
     assert torch.equal(extended(EXTEND, [0] * len(LENGTHS), **PLAIN, causal=True), whole)
 
 
