@@ -128,6 +128,16 @@ def by_episode(samples: Sequence[Sample]) -> dict[int, list[Sample]]:
     return found
 
 
+def load_tokenizer(model: ModelConfig) -> Any:
+    """transformers' tokenizer of a model, without PyTorch's compiler, which nobody asks for here."""
+    from rollflow.engines.cpu.light_imports import no_compiled_masks
+
+    with no_compiled_masks():
+        from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+
+
 def training_dataset(
     store: Store,
     tokenizer: Any,

@@ -27,7 +27,14 @@ from rollflow.storage.samples import Sample
 from .attempts import Attempts
 from .client import GIVE_UP_S, STOP_TIMEOUT_S, GenerateClient
 from .config import EvalConfig, HooksConfig, RolloutConfig
-from .datasets import Asked, Dataset, eval_dataset, slime_arguments, training_dataset
+from .datasets import (
+    Asked,
+    Dataset,
+    eval_dataset,
+    load_tokenizer,
+    slime_arguments,
+    training_dataset,
+)
 from .evaluation import Evaluation
 from .experts import SWITCH
 from .filters import load_dynamic_filter
@@ -90,7 +97,7 @@ class RolloutManager:
     async def start(self) -> RolloutInfo:
         """Start servers and router and load prompts; ServerError or ValueError when that fails."""
         servers = asyncio.gather(self._start_servers(), self._start_frozen())
-        tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        tokenizer = await asyncio.to_thread(load_tokenizer, self._model)
         await servers
         await asyncio.to_thread(self._load_datasets, tokenizer)
         self._production = await asyncio.to_thread(self._open_production)
@@ -282,16 +289,6 @@ class RolloutManager:
         await asyncio.gather(*(frozen.start() for frozen in self._frozen.values()))
         if (judge := self._frozen.get("judge")) is not None:
             os.environ[REWARD_URL] = judge.url
-
-    def _load_tokenizer(self) -> Any:
-        from rollflow.engines.cpu.light_imports import no_compiled_masks
-
-        with no_compiled_masks():
-            from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            self._model.path, trust_remote_code=self._model.trust_remote_code
-        )
 
     def _load_datasets(self, tokenizer: Any) -> None:
         store, client, rollout, hooks = self._store, self._client, self._rollout, self._hooks
