@@ -34,8 +34,8 @@ def model_of(folder):
             )
         made.save_pretrained(folder)
     model = Qwen3ForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).cuda()
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa", device_map="cuda"
+    )
     model.generation_config.update(eos_token_id=None)
     return model
 
