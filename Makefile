@@ -12,6 +12,11 @@ TRL := .trl
 TRACKERS := .trackers
 DEPLOY := .deploy
 UI := .ui
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+# uv unpacks side by side, in a sixth of pip's time; pip does it where uv finds no index: it reads no pip.conf.
+# $(1): the environment, $(2): what to install, as it stands in its list.
+packages = $(BIN)/uv pip install --quiet --no-deps --python $(1)/bin/python $(2) || \
+	$(PIP) --python $(1)/bin/python install --no-compile --no-deps $(2)
 
 # An image that forbids bytecode makes every process compile torch, Megatron and SGLang anew: three times as long
 export PYTHONDONTWRITEBYTECODE :=
@@ -25,10 +30,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@start=$$(date +%s); set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rollflow needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	echo "Installing into $(VENV) (about two minutes)"; \
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps "$(TORCH)"; \
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements.lock; \
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	echo "Installing into $(VENV) (a minute, or what the downloads take)"; \
+	$(PIP) install --no-compile --no-deps "$(TORCH)" uv==0.13.9; \
+	$(call packages,$(VENV),-r requirements.lock); \
+	$(call packages,$(VENV),--no-build-isolation -e .); \
 	echo $$(($$(date +%s) - start)) > $@
 
 demo: $(INSTALLED)      ## Train a tiny model on arithmetic, end to end, on this machine
@@ -75,19 +80,19 @@ mutants: $(INSTALLED)   ## Break the algorithms in 91 ways; a test must notice e
 	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRL) -r requirements-trl.lock; \
+	@$(PIP) install --no-deps --target $(TRL) -r requirements-trl.lock; \
 	touch $@
 
 $(TRACKERS)/.installed: requirements-trackers.lock $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(TRACKERS) -r requirements-trackers.lock; \
+	@$(PIP) install --no-deps --target $(TRACKERS) -r requirements-trackers.lock; \
 	touch $@
 
 $(DEPLOY)/.installed: requirements-deploy.lock $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(DEPLOY) -r requirements-deploy.lock; \
+	@$(PIP) install --no-deps --target $(DEPLOY) -r requirements-deploy.lock; \
 	touch $@
 
 $(UI)/.installed: requirements-ui.lock $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(UI) -r requirements-ui.lock; \
+	@$(PIP) install --no-deps --target $(UI) -r requirements-ui.lock; \
 	touch $@
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
@@ -104,9 +109,9 @@ bench: $(INSTALLED) s3-servers      ## Print where an iteration's time goes
 
 s3-servers: $(S3)/.installed  ## Create .venv-s3 with the S3 servers that the tests run against
 
-$(S3)/.installed: requirements-s3.lock
-	@set -e; test -x $(S3)/bin/python || $(PYTHON) -m venv $(S3); \
-	$(S3)/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps -r requirements-s3.lock; \
+$(S3)/.installed: requirements-s3.lock | $(INSTALLED)
+	@set -e; test -x $(S3)/bin/python || $(PYTHON) -m venv --without-pip $(S3); \
+	$(call packages,$(S3),-r requirements-s3.lock); \
 	touch $@
 
 clean:                  ## Remove the environment and everything that runs wrote here

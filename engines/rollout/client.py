@@ -137,8 +137,8 @@ class GenerateClient:
 
         Where weights change meanwhile, the answer goes on under the new ones from its last token.
         ``sampling`` has SGLang's names. With ``routed_experts`` the answer has them, or is a fault.
-        ``together``: it may go with others of its group in one request, for servers that draw
-        without seeds. Raises RequestRefusedError or GenerationError.
+        ``together``: it may go with others of its group in one request, to servers of ours.
+        Raises RequestRefusedError or GenerationError.
         """
         scope = _scope.get() or Scope()
         served = _served.get()

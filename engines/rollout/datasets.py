@@ -147,16 +147,17 @@ def training_dataset(
     hooks: HooksConfig,
     *,
     routed_experts: bool = False,
-    seeds_count: bool = True,
+    groups: bool = False,
 ) -> Dataset:
     """The sources that steps draw from; ValueError names a bad row or hook.
 
     Prompts are encoded by the settings of the first source. With ``routed_experts`` answers tell
-    where the servers sent each token. Where ``seeds_count`` for nothing, the samples of a group are
-    asked for in one request, unless some of what a step begins has to wait for others' ends.
+    where the servers sent each token. With ``groups``, which servers of ours understand, the
+    samples of a group are asked for in one request, where a step begins all of them at once and no
+    server would be left without a group.
     """
     at_once = rollout.wave * rollout.n_samples_per_prompt <= rollout.concurrency
-    together = at_once and not seeds_count
+    together = groups and at_once and rollout.wave >= len(rollout.tables({}))
     return _dataset(
         store,
         RolloutEngine(tokenizer, data[0], client, routed_experts=routed_experts, together=together),

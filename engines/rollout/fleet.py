@@ -28,7 +28,6 @@ from .router import Router
 from .server import POLL_S, ServerActor, ServerEndedError, ServerError, ServerInfo
 from .server_args import (
     deterministic_arguments,
-    draws_freely,
     gpus_per_server,
     shared_gpu_arguments,
 )
@@ -73,8 +72,6 @@ class Fleet:
         shared = shared_gpu_arguments() if shares_gpu else {}
         self._sglang = {**fixed, **shared, **sglang}
         tables = rollout.tables(self._sglang)
-        self.seeds_count = not all(draws_freely(table, device) for _, table in tables)
-        """Whether what is drawn depends on a request's seed, or may: of others' servers it is not known."""
         self._shares_gpu = shares_gpu
         self._device: Device = device
         self._log_dir = log_dir
@@ -99,7 +96,6 @@ class Fleet:
         if (others := rollout.external) and run:
             place = place_of(others.weights, run)
             self.external = Externals(others, model, place, self.router, self._make_up_for)
-            self.seeds_count = True
             self._spares = others.spares
 
     async def start(self) -> None:

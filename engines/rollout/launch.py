@@ -97,8 +97,9 @@ def run_server(arguments: dict[str, Any]) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
-    from rollflow.engines.rollout import experts
+    from rollflow.engines.rollout import experts, group_seeds
 
+    group_seeds.install()
     if ON_CPU:
         from rollflow.engines.cpu import attention
 

@@ -301,7 +301,7 @@ class RolloutManager:
             rollout,
             hooks,
             routed_experts=bool(self._sglang.get(SWITCH)),
-            seeds_count=self._fleet is None or self._fleet.seeds_count,
+            groups=rollout.external is None,
         )
         for config in self._evals:
             dataset = eval_dataset(store, tokenizer, client, config, rollout)

@@ -13,6 +13,10 @@ from rollflow.engines.platform import Device, one_thread_env
 
 TAIL_LINES = 15
 
+ENV = {
+    # Longer than the router's 50 s: else it sends on a connection that the server is just closing.
+    "SGLANG_TIMEOUT_KEEP_ALIVE": "120",
+}
 CUDA_ENV = {
     # /health answers without generating a token: a sleeping server has no memory to do it in.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
@@ -43,7 +47,7 @@ class OwnedProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(_cpu_env() if device == "cpu" else CUDA_ENV)},
+                env={**os.environ, **ENV, **(_cpu_env() if device == "cpu" else CUDA_ENV)},
             )
         assert self._process.stdin is not None
         self._pipe = self._process.stdin

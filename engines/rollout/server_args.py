@@ -56,11 +56,6 @@ def deterministic_arguments(device: Device) -> dict[str, Any]:
     return {"max_running_requests": 1, "disable_radix_cache": True}
 
 
-def draws_freely(table: Mapping[str, Any], device: Device) -> bool:
-    """Whether a server of these arguments draws tokens without regard to the requests' seeds."""
-    return device == "cuda" and not table.get("enable_deterministic_inference")
-
-
 def shared_gpu_arguments() -> dict[str, Any]:
     """Arguments of a server that shares its GPU: it can give its memory back, and takes part of it."""
     return {"enable_memory_saver": True, "mem_fraction_static": SHARED_GPU_FRACTION}

@@ -67,7 +67,7 @@ async def measure(
         draw = random.Random(0)
 
         async def ours(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
-            return await _ask_client(client, asked, sampling, together=not fleet.seeds_count)
+            return await _ask_client(client, asked, sampling, together=True)
 
         async def raw(asked: Sequence[list[int]], sampling: Mapping[str, Any]) -> int:
             return await _ask_server(server.url, asked, sampling)

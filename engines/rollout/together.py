@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import group_seeds
 from .answers import RequestRefusedError, ServerFaultError
 
 Answer = dict[str, Any]
@@ -27,8 +28,7 @@ class _Joint:
 class Together:
     """Gathers requests until the event loop has run all that was ready, and sends them.
 
-    Only those with the same key, which differ in nothing but their prompts and seeds. The router
-    passes on one set of sampling parameters for all prompts, so seeds are lost.
+    Only those with the same key, which differ in nothing but their prompts and seeds.
     """
 
     def __init__(self, send: Send) -> None:
@@ -73,6 +73,8 @@ class Together:
             return
         whole = {**joint.bodies[0], "rid": joint.name}
         whole["input_ids"] = [body["input_ids"] for body in joint.bodies]
+        seeds = [body["sampling_params"]["sampling_seed"] for body in joint.bodies]
+        whole[group_seeds.FIELD] = group_seeds.labels_of(seeds)
         whole["sampling_params"] = {**whole["sampling_params"]}
         del whole["sampling_params"]["sampling_seed"]
         try:

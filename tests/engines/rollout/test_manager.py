@@ -93,6 +93,34 @@ def test_a_seed_gives_the_same_tokens_on_every_server(rollout: RolloutParts):
     assert tokens[0] == tokens[1] != tokens[2]
 
 
+async def test_each_of_a_group_in_one_request_has_the_tokens_of_its_seed(rollout: RolloutParts):
+    posts = []
+
+    class Counting(GenerateClient):
+        async def _post(self, body: dict[str, Any], headers: Any) -> Any:
+            posts.append(body)
+            return await super()._post(body, headers)
+
+    async def ready() -> None:
+        pass
+
+    client = Counting(
+        rollout.call("info").router_url, timeout_s=60, max_retries=0, wait_ready=ready
+    )
+    sampling = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
+    prompt = [4, 5, 12, 4, 6, 13]
+    with requests_of(Scope(), set()):
+        found = await asyncio.gather(
+            *(client.generate(prompt, sampling, seed, together=True) for seed in range(4))
+        )
+    await client.close()
+    assert [len(body["input_ids"]) for body in posts] == [4]
+    url = rollout.urls[0]
+    alone = [ask(url, seed)["output_ids"] for seed in range(4)]
+    assert [answer.token_ids for answer in found] == alone
+    assert len(set(map(tuple, alone))) == 4
+
+
 def test_servers_and_router_listen_on_loopback_only(rollout: RolloutParts):
     info = rollout.call("info")
     pids = set().union(*(session_of(pid) for pid in info.pids))

@@ -15,7 +15,7 @@ from rollflow.engines.rollout.client import (
     Scope,
     requests_of,
 )
-from rollflow.engines.rollout.server_args import draws_freely
+from rollflow.engines.rollout.group_seeds import seeds_of
 
 REFUSED = 666
 """A prompt that no server takes."""
@@ -113,6 +113,7 @@ async def test_those_of_a_group_are_one_request_and_each_has_its_own_answer(
     assert found == [[[1], [2], [3]], [[4], [5]]]
     assert [body["input_ids"] for body in server.bodies] == [[[1], [2], [3]], [[4], [5]]]
     assert all(body["sampling_params"] == {"max_new_tokens": 9} for body in server.bodies)
+    assert [seeds_of(body["custom_labels"]) for body in server.bodies] == [[1, 2, 3], [4, 5]]
     assert len({body["rid"] for body in server.bodies}) == 2
 
 
@@ -184,9 +185,3 @@ async def test_a_group_that_is_given_up_ends_its_request(server: Server, client:
     async with asyncio.timeout(5):
         while client._together._sending:
             await asyncio.sleep(0.001)
-
-
-def test_seeds_count_wherever_a_server_may_regard_them():
-    assert draws_freely({}, "cuda")
-    assert not draws_freely({"enable_deterministic_inference": True}, "cuda")
-    assert not draws_freely({}, "cpu")
