@@ -3,7 +3,8 @@
 A function may hang, raise, fork, fill memory or print without end: its process is ended with all of
 its group, and only the call that did it is lost. While a call is slow another process takes its
 place, so that one that hangs holds nobody up; where nothing but hanging is seen, what waits fails
-at once instead of hanging in its turn.
+at once instead of hanging in its turn. Calls that prove to be quick go to a process several at a
+time, for a message takes longer than they do; those behind a slow one are made again by another.
 """
 
 import asyncio
@@ -15,7 +16,9 @@ import signal
 import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 START_TIMEOUT_S = 60.0
@@ -23,6 +26,10 @@ SLOW_S = 1.0
 """Seconds after which a call's place is given to another process."""
 SPARE = 4
 """Processes at most, for each place."""
+MESSAGE_S = 0.01
+"""Seconds that the calls of one message may take, if they are as the last ones were,"""
+MESSAGE_CALLS = 16
+"""and how many they are at most."""
 ANSWER_BYTES = 1 << 20
 """No answer is longer."""
 
@@ -35,14 +42,25 @@ class GradeTimeoutError(GradeError):
     """A call was over its deadline, or would have waited in vain."""
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    argument: Any
+    timeout_s: float
+    answer: asyncio.Future[dict[str, Any]]
+
+
 class RewardPool:
-    """``places`` calls at a time of the reward function ``path``."""
+    """Processes with the reward function ``path``, of which ``places`` compute at a time."""
 
     def __init__(self, path: str, places: int, memory_bytes: int) -> None:
         self._setup = {"path": path, "sys_path": list(sys.path), "memory_bytes": memory_bytes}
-        self._places = asyncio.Semaphore(places)
-        self._all = asyncio.Semaphore(places * SPARE)
-        self._hanging_limit = max(2, places)
+        self._places = places
+        self._waiting: deque[_Call] = deque()
+        self._serving: set[asyncio.Task[None]] = set()
+        self._slow: set[asyncio.Task[None]] = set()
+        """Those of them that gave their place to another."""
+        self._call_s = MESSAGE_S
+        """What a call took, in the last message."""
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._ended: list[_Worker] = []
@@ -50,6 +68,7 @@ class RewardPool:
         self._hung = 0
         """Calls in a row that were over their deadline."""
         self._try_again = 0.0
+        self._stopped = False
 
     async def start(self, processes: int = 1) -> None:
         """Have processes ready; GradeError where the function cannot be loaded in one."""
@@ -63,60 +82,125 @@ class RewardPool:
         GradeTimeoutError after ``timeout_s`` seconds of computing; GradeError where the function
         raised or its process died.
         """
-        held = await self._place()
-        worker: _Worker | None = None
-        try:
-            if self._hung >= self._hanging_limit and time.monotonic() < self._try_again:
-                raise GradeTimeoutError(
-                    f"not called: {self._hanging_limit} calls in a row took over {timeout_s:g} s"
-                )
-            worker = await self._worker()
-            started = time.monotonic()
-            asking = asyncio.ensure_future(worker.ask([argument]))
-            done, _ = await asyncio.wait({asking}, timeout=min(SLOW_S, timeout_s))
-            if not done:
-                held.give_place()
-            answer = await asyncio.wait_for(
-                asking, max(0.0, timeout_s - time.monotonic() + started)
-            )
-        except TimeoutError:
-            self._hung += 1
-            self._try_again = time.monotonic() + timeout_s
-            raise GradeTimeoutError(f"no reward within {timeout_s:g} s") from None
-        else:
-            self._hung = 0
-            self._idle.append(worker)
-            self._busy.discard(worker)
-            worker = None
-        finally:
-            if worker is not None:
-                self._busy.discard(worker)
-                self._end(worker)
-            held.give_all()
+        call = _Call(argument, timeout_s, asyncio.get_running_loop().create_future())
+        self._waiting.append(call)
+        self._serve_more()
+        answer = await call.answer
         if "error" in answer:
             raise GradeError(f"reward function raised {answer['error']}")
         return [(reward, parts) for reward, parts in answer["rewards"]]
 
     async def stop(self) -> None:
         """End every process; none is left when this returns."""
+        self._stopped = True
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        while self._waiting:
+            self._blame(self._waiting.popleft(), GradeError("the reward function's pool was ended"))
         for worker in [*self._idle, *self._busy]:
             self._end(worker)
         self._idle.clear()
         self._busy.clear()
         await asyncio.gather(*(worker.gone() for worker in self._ended))
 
+    def _serve_more(self) -> None:
+        """Have one more process take calls, where some wait and there is a place."""
+        serving = len(self._serving)
+        places = min(self._places + len(self._slow), self._places * SPARE)
+        if self._waiting and serving < places and not self._stopped:
+            task = asyncio.create_task(self._serve())
+            self._serving.add(task)
+            task.add_done_callback(self._served)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        self._slow.discard(task)
+        self._serve_more()
+
+    async def _serve(self) -> None:
+        """Have calls answered until none waits, or one was slow: another has the place then."""
+        await asyncio.sleep(0)  # what is asked at the same moment may go together
+        while asyncio.current_task() not in self._slow and (calls := self._message()):
+            await self._ask(calls)
+
+    def _message(self) -> deque[_Call]:
+        """The next calls to send to a process, as many as are thought to be quick."""
+        most = max(1, min(MESSAGE_CALLS, int(MESSAGE_S / max(self._call_s, 1e-6))))
+        calls: deque[_Call] = deque()
+        while self._waiting and len(calls) < most:
+            call = self._waiting.popleft()
+            if not call.answer.done():  # else nobody waits for it any more
+                calls.append(call)
+        return calls
+
+    async def _ask(self, calls: deque[_Call]) -> None:
+        """Have a process answer ``calls``; those that it did not come to wait again.
+
+        A fault that is not the process's, e.g. of what cannot be sent, may be any call's: each is sent alone.
+        """
+        worker, sent = None, len(calls)
+        try:
+            if self._hung >= max(2, self._places) and time.monotonic() < self._try_again:
+                raise GradeTimeoutError(
+                    f"not called: {self._hung} calls in a row took over {calls[0].timeout_s:g} s"
+                )
+            worker = await self._worker()
+            started = time.monotonic()
+            await worker.send([call.argument for call in calls])
+            while calls:
+                answer = await self._answer(worker, calls)
+                self._hung = 0
+                call = calls.popleft()
+                if not call.answer.done():
+                    call.answer.set_result(answer)
+            self._call_s = (time.monotonic() - started) / sent
+        except Exception as error:  # noqa: BLE001 - told to whoever asked
+            self._call_s = MESSAGE_S
+            if isinstance(error, GradeError | TimeoutError) or sent == 1:
+                self._blame(calls.popleft(), error)
+        finally:
+            self._wait_again(calls)
+            if worker is not None:
+                self._busy.discard(worker)
+                self._idle.append(worker) if worker.owes == 0 else self._end(worker)
+
+    def _blame(self, call: _Call, error: Exception) -> None:
+        if isinstance(error, TimeoutError):
+            self._hung += 1
+            self._try_again = time.monotonic() + call.timeout_s
+            error = GradeTimeoutError(f"no reward within {call.timeout_s:g} s")
+        if not call.answer.done():
+            call.answer.set_exception(error)
+
+    async def _answer(self, worker: "_Worker", calls: deque[_Call]) -> dict[str, Any]:
+        """What the process answers to the first of ``calls``; the others wait again once it is slow.
+
+        TimeoutError or GradeError where it does not answer.
+        """
+        deadline = time.monotonic() + calls[0].timeout_s
+        try:
+            async with asyncio.timeout(min(SLOW_S, calls[0].timeout_s)):
+                return await worker.answer()
+        except TimeoutError:
+            task = asyncio.current_task()
+            assert task is not None
+            self._slow.add(task)
+            slow = calls.popleft()
+            self._wait_again(calls)
+            calls.append(slow)
+            self._serve_more()
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await worker.answer()
+
+    def _wait_again(self, calls: deque[_Call]) -> None:
+        """Before all others, in the same order."""
+        self._waiting.extendleft(reversed(calls))
+        calls.clear()
+
     def _end(self, worker: "_Worker") -> None:
         worker.kill()
         self._ended = [w for w in self._ended if w.alive] + [worker]
-
-    async def _place(self) -> "_Held":
-        await self._all.acquire()
-        try:
-            await self._places.acquire()
-        except BaseException:
-            self._all.release()
-            raise
-        return _Held(self._places, self._all)
 
     async def _worker(self) -> "_Worker":
         while self._idle:
@@ -127,25 +211,13 @@ class RewardPool:
             self._end(worker)
         worker = _Worker()
         self._busy.add(worker)
-        await worker.start(self._setup)
+        try:
+            await worker.start(self._setup)
+        except BaseException:
+            self._busy.discard(worker)
+            self._end(worker)
+            raise
         return worker
-
-
-class _Held:
-    """A call's place, which it gives up early when it is slow."""
-
-    def __init__(self, places: asyncio.Semaphore, everything: asyncio.Semaphore) -> None:
-        self._places: asyncio.Semaphore | None = places
-        self._everything = everything
-
-    def give_place(self) -> None:
-        if self._places is not None:
-            self._places.release()
-            self._places = None
-
-    def give_all(self) -> None:
-        self.give_place()
-        self._everything.release()
 
 
 class _Worker:
@@ -154,6 +226,8 @@ class _Worker:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._starting: asyncio.Future[asyncio.subprocess.Process] | None = None
+        self.owes = 0
+        """Answers that it was asked for and has not given."""
 
     @property
     def alive(self) -> bool:
@@ -175,12 +249,22 @@ class _Worker:
         # Whoever gives up on a start must still find the process.
         self._process = await asyncio.shield(self._starting)
         try:
-            await asyncio.wait_for(self._exchange(setup), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self._write(setup)
+                await self._read()
         except TimeoutError:
             raise GradeError(f"{setup['path']} was not loaded in {START_TIMEOUT_S:g} s") from None
 
-    async def ask(self, arguments: Sequence[Any]) -> dict[str, Any]:
-        return await self._exchange(list(arguments))
+    async def send(self, arguments: Sequence[Any]) -> None:
+        """Ask for an answer to each, in their order."""
+        self.owes += len(arguments)
+        await self._write(list(arguments))
+
+    async def answer(self) -> dict[str, Any]:
+        """The next answer."""
+        answer = await self._read()
+        self.owes -= 1
+        return answer
 
     async def gone(self) -> None:
         if self._process is None and self._starting is not None:
@@ -195,19 +279,28 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def _exchange(self, request: Any) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
+    async def _write(self, request: Any) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
         data = pickle.dumps(request)
         try:
-            process.stdin.write(struct.pack("<Q", len(data)) + data)
-            await process.stdin.drain()
-            line = await process.stdout.readline()
+            self._process.stdin.write(struct.pack("<Q", len(data)) + data)
+            await self._process.stdin.drain()
+        except ConnectionError as error:
+            raise _unusable(error) from error
+
+    async def _read(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        try:
+            line = await self._process.stdout.readline()
         except (ConnectionError, ValueError) as error:
-            raise GradeError(f"the reward function's process is not to be used: {error}") from error
+            raise _unusable(error) from error
         if not line.endswith(b"\n"):
-            code = await process.wait()
+            code = await self._process.wait()
             raise GradeError(f"the reward function's process died with exit code {code}")
         return json.loads(line)
+
+
+def _unusable(error: Exception) -> GradeError:
+    return GradeError(f"the reward function's process is not to be used: {error}")

@@ -26,6 +26,7 @@ WARM = (
     *("--name", "warm", "--model.path", "arithmetic/model"),
     *("--data.path", "arithmetic/train.jsonl"),
     *("--steps", "1500", "--stop.at_least", "0.85", "--lr", "1e-3", "--trainer.ranks", "1"),
+    *("--rollout.batch_size", "256", "--trainer.updates_per_batch", "1"),
 )
 EVAL = (
     '{name = "heldout", every = 20, data = {path = "arithmetic/heldout.jsonl", shuffle = false}, '

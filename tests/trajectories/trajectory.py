@@ -76,7 +76,7 @@ RATE = ("--lr", "2e-4", "--trainer.lr_warmup_steps", "15")
 SUPERVISED = (
     *("--rollout.servers", "0"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
-    *("--rollout.n_samples_per_prompt", "1"),
+    *("--rollout.n_samples_per_prompt", "1", "--trainer.updates_per_batch", "1"),
 )
 EXACT_STEPS = 3
 """So many steps agree to the last count of right answers, whatever the processor."""

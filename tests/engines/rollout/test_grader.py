@@ -3,10 +3,13 @@
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from rollflow.engines.rollout import reward_pool
 from rollflow.engines.rollout.grader import Grader
 from rollflow.storage.samples import Sample, Status
 
@@ -52,6 +55,22 @@ def ten_gigabytes(sample: Sample) -> float:
 def prints(sample: Sample) -> float:
     print("x" * (8 << 20))
     os.write(2, b"x" * (1 << 20))
+    return 1.0
+
+
+def hangs_later(sample: Sample) -> float:
+    while sample.index == 30:
+        pass
+    return 1.0
+
+
+def ends_its_process_later(sample: Sample) -> float:
+    if sample.index == 30:
+        os._exit(3)
+    return 1.0
+
+
+def is_one(argument: object) -> float:
     return 1.0
 
 
@@ -136,3 +155,39 @@ async def test_an_async_function_that_blocks_does_not_block_the_engine():
 async def test_a_group_reward_sees_the_whole_group():
     samples, _ = await scored("ranks", 4, group=True)
     assert [s.reward for s in samples] == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("hangs_later", "no reward within 6 s"), ("ends_its_process_later", "exit code 3")],
+)
+async def test_of_quick_calls_that_are_sent_together_one_that_fails_fails_alone(
+    name: str, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    messages: list[int] = []
+    send = reward_pool._Worker.send
+
+    async def counted(self: reward_pool._Worker, arguments: Sequence[Any]) -> None:
+        messages.append(len(arguments))
+        await send(self, arguments)
+
+    monkeypatch.setattr(reward_pool._Worker, "send", counted)
+    monkeypatch.setattr(reward_pool, "MESSAGE_S", 60.0)
+    samples, seconds = await scored(name, 40, workers=1)
+    assert max(messages) == reward_pool.MESSAGE_CALLS
+    assert [s.index for s in samples if s.reward is None] == [30]
+    assert reason in samples[30].metadata["error"]
+    assert {s.reward for s in samples} == {None, 1.0}
+    assert seconds < TIMEOUT_S + SLACK_S
+
+
+async def test_what_cannot_be_sent_to_a_process_fails_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reward_pool, "MESSAGE_S", 60.0)
+    pool = reward_pool.RewardPool(f"{HERE}:is_one", 1, 1 << 30)
+    calls = [pool.call(argument, TIMEOUT_S) for argument in (1, 2, lambda: 3, 4)]
+    try:
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    finally:
+        await pool.stop()
+    assert "pickle" in str(answers.pop(2))
+    assert answers == [[(1.0, {})]] * 3
