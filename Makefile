@@ -13,9 +13,10 @@ TRACKERS := .trackers
 DEPLOY := .deploy
 UI := .ui
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
-# uv unpacks side by side, in a sixth of pip's time; pip does it where uv finds no index: it reads no pip.conf.
-# $(1): the environment, $(2): what to install, as it stands in its list.
-packages = $(BIN)/uv pip install --quiet --no-deps --python $(1)/bin/python $(2) || \
+# uv unpacks side by side, in a sixth of pip's time, but reads none of pip's settings: pip does it where these name
+# an index, and where uv fails. $(1): the environment, $(2): what to install, as it stands in its list.
+packages = { ! $(BIN)/pip config list | grep -qE '\.(index-url|no-index)=' && \
+	$(BIN)/uv pip install --quiet --no-deps --python $(1)/bin/python $(2); } || \
 	$(PIP) --python $(1)/bin/python install --no-compile --no-deps $(2)
 
 # An image that forbids bytecode makes every process compile torch, Megatron and SGLang anew: three times as long
@@ -31,7 +32,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rollflow needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	echo "Installing into $(VENV) (a minute, or what the downloads take)"; \
-	$(PIP) install --no-compile --no-deps "$(TORCH)" uv==0.13.9; \
+	$(PIP) install --no-compile --no-deps "$(TORCH)"; \
+	$(PIP) install --no-deps uv==0.13.9 || true; \
 	$(call packages,$(VENV),-r requirements.lock); \
 	$(call packages,$(VENV),--no-build-isolation -e .); \
 	echo $$(($$(date +%s) - start)) > $@

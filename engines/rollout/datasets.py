@@ -138,6 +138,14 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
 
 
+def takes_groups(rollout: RolloutConfig, sglang: Mapping[str, Any]) -> bool:
+    """Whether every server finds the seeds in a request of a whole group: a process of our own start does."""
+    ours = rollout.external is None
+    return ours and all(
+        table.get("tokenizer_worker_num", 1) == 1 for _, table in rollout.tables(sglang)
+    )
+
+
 def training_dataset(
     store: Store,
     tokenizer: Any,
@@ -152,9 +160,9 @@ def training_dataset(
     """The sources that steps draw from; ValueError names a bad row or hook.
 
     Prompts are encoded by the settings of the first source. With ``routed_experts`` answers tell
-    where the servers sent each token. With ``groups``, which servers of ours understand, the
-    samples of a group are asked for in one request, where a step begins all of them at once and no
-    server would be left without a group.
+    where the servers sent each token. With ``groups``, see :func:`takes_groups`, the samples
+    of a group are asked for in one request, where a step begins all of them at once and no server
+    would be left without a group.
     """
     at_once = rollout.wave * rollout.n_samples_per_prompt <= rollout.concurrency
     together = groups and at_once and rollout.wave >= len(rollout.tables({}))

@@ -33,6 +33,7 @@ from .datasets import (
     eval_dataset,
     load_tokenizer,
     slime_arguments,
+    takes_groups,
     training_dataset,
 )
 from .evaluation import Evaluation
@@ -301,7 +302,7 @@ class RolloutManager:
             rollout,
             hooks,
             routed_experts=bool(self._sglang.get(SWITCH)),
-            groups=rollout.external is None,
+            groups=takes_groups(rollout, self._sglang),
         )
         for config in self._evals:
             dataset = eval_dataset(store, tokenizer, client, config, rollout)

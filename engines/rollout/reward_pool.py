@@ -30,6 +30,7 @@ MESSAGE_S = 0.01
 """Seconds that the calls of one message may take, if they are as the last ones were,"""
 MESSAGE_CALLS = 16
 """and how many they are at most."""
+STOPPED = "the reward function's processes were ended"
 ANSWER_BYTES = 1 << 20
 """No answer is longer."""
 
@@ -44,7 +45,8 @@ class GradeTimeoutError(GradeError):
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    argument: Any
+    argument: bytes
+    """Pickled by itself: what a function changes in it is nobody else's."""
     timeout_s: float
     answer: asyncio.Future[dict[str, Any]]
 
@@ -60,7 +62,7 @@ class RewardPool:
         self._slow: set[asyncio.Task[None]] = set()
         """Those of them that gave their place to another."""
         self._call_s = MESSAGE_S
-        """What a call took, in the last message."""
+        """What a call took lately."""
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._ended: list[_Worker] = []
@@ -80,9 +82,15 @@ class RewardPool:
         """Score one sample, or a sequence of samples together; (reward, parts) of each.
 
         GradeTimeoutError after ``timeout_s`` seconds of computing; GradeError where the function
-        raised or its process died.
+        raised, its process died or cannot be sent the samples, or the pool was stopped.
         """
-        call = _Call(argument, timeout_s, asyncio.get_running_loop().create_future())
+        if self._stopped:
+            raise GradeError(STOPPED)
+        try:
+            sent = pickle.dumps(argument)
+        except Exception as error:
+            raise GradeError(f"no process can be sent the samples: {error!r}") from error
+        call = _Call(sent, timeout_s, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         self._serve_more()
         answer = await call.answer
@@ -97,7 +105,7 @@ class RewardPool:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         while self._waiting:
-            self._blame(self._waiting.popleft(), GradeError("the reward function's pool was ended"))
+            self._blame(self._waiting.popleft(), GradeError(STOPPED))
         for worker in [*self._idle, *self._busy]:
             self._end(worker)
         self._idle.clear()
@@ -125,8 +133,9 @@ class RewardPool:
             await self._ask(calls)
 
     def _message(self) -> deque[_Call]:
-        """The next calls to send to a process, as many as are thought to be quick."""
-        most = max(1, min(MESSAGE_CALLS, int(MESSAGE_S / max(self._call_s, 1e-6))))
+        """The next calls to send to a process: as many as should be quick, and leave others their share."""
+        quick = int(MESSAGE_S / max(self._call_s, 1e-6))
+        most = max(1, min(MESSAGE_CALLS, quick, len(self._waiting) // self._places))
         calls: deque[_Call] = deque()
         while self._waiting and len(calls) < most:
             call = self._waiting.popleft()
@@ -135,10 +144,7 @@ class RewardPool:
         return calls
 
     async def _ask(self, calls: deque[_Call]) -> None:
-        """Have a process answer ``calls``; those that it did not come to wait again.
-
-        A fault that is not the process's, e.g. of what cannot be sent, may be any call's: each is sent alone.
-        """
+        """Have a process answer ``calls``; those that it did not come to wait again."""
         worker, sent = None, len(calls)
         try:
             if self._hung >= max(2, self._places) and time.monotonic() < self._try_again:
@@ -147,18 +153,18 @@ class RewardPool:
                 )
             worker = await self._worker()
             started = time.monotonic()
-            await worker.send([call.argument for call in calls])
+            async with asyncio.timeout(calls[0].timeout_s):
+                await worker.send([call.argument for call in calls])
             while calls:
                 answer = await self._answer(worker, calls)
                 self._hung = 0
                 call = calls.popleft()
                 if not call.answer.done():
                     call.answer.set_result(answer)
-            self._call_s = (time.monotonic() - started) / sent
+            self._call_s = max((time.monotonic() - started) / sent, self._call_s / 2)
         except Exception as error:  # noqa: BLE001 - told to whoever asked
-            self._call_s = MESSAGE_S
-            if isinstance(error, GradeError | TimeoutError) or sent == 1:
-                self._blame(calls.popleft(), error)
+            self._call_s = max(self._call_s, MESSAGE_S)
+            self._blame(calls.popleft(), error)
         finally:
             self._wait_again(calls)
             if worker is not None:
@@ -166,12 +172,13 @@ class RewardPool:
                 self._idle.append(worker) if worker.owes == 0 else self._end(worker)
 
     def _blame(self, call: _Call, error: Exception) -> None:
+        if call.answer.done():
+            return  # whoever asked has gone
         if isinstance(error, TimeoutError):
             self._hung += 1
             self._try_again = time.monotonic() + call.timeout_s
             error = GradeTimeoutError(f"no reward within {call.timeout_s:g} s")
-        if not call.answer.done():
-            call.answer.set_exception(error)
+        call.answer.set_exception(error)
 
     async def _answer(self, worker: "_Worker", calls: deque[_Call]) -> dict[str, Any]:
         """What the process answers to the first of ``calls``; the others wait again once it is slow.
@@ -189,6 +196,7 @@ class RewardPool:
             slow = calls.popleft()
             self._wait_again(calls)
             calls.append(slow)
+            slow.answer.add_done_callback(lambda it: worker.kill() if it.cancelled() else None)
             self._serve_more()
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             return await worker.answer()
@@ -200,7 +208,7 @@ class RewardPool:
 
     def _end(self, worker: "_Worker") -> None:
         worker.kill()
-        self._ended = [w for w in self._ended if w.alive] + [worker]
+        self._ended = [w for w in self._ended if not w.is_gone] + [worker]
 
     async def _worker(self) -> "_Worker":
         while self._idle:
@@ -233,6 +241,10 @@ class _Worker:
     def alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def is_gone(self) -> bool:
+        return self._process is not None and self._process.returncode is not None
+
     async def start(self, setup: dict[str, Any]) -> None:
         self._starting = asyncio.ensure_future(
             asyncio.create_subprocess_exec(
@@ -250,15 +262,15 @@ class _Worker:
         self._process = await asyncio.shield(self._starting)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._write(setup)
+                await self._write(pickle.dumps(setup))
                 await self._read()
         except TimeoutError:
             raise GradeError(f"{setup['path']} was not loaded in {START_TIMEOUT_S:g} s") from None
 
-    async def send(self, arguments: Sequence[Any]) -> None:
+    async def send(self, arguments: Sequence[bytes]) -> None:
         """Ask for an answer to each, in their order."""
         self.owes += len(arguments)
-        await self._write(list(arguments))
+        await self._write(pickle.dumps(list(arguments)))
 
     async def answer(self) -> dict[str, Any]:
         """The next answer."""
@@ -279,10 +291,9 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def _write(self, request: Any) -> None:
+    async def _write(self, data: bytes) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        data = pickle.dumps(request)
         try:
             self._process.stdin.write(struct.pack("<Q", len(data)) + data)
             await self._process.stdin.drain()

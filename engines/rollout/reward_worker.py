@@ -31,15 +31,16 @@ def main(requests: BinaryIO, answers: BinaryIO) -> None:
     function = load_hook(setup["path"], "reward")
     _write(answers, {"ready": True})
     while data := _read(requests):
-        for argument in pickle.loads(data):
-            answer = _call(function, argument)
+        for pickled in pickle.loads(data):
+            answer = _call(function, pickled)
             if os.getpid() != own_pid:
                 os._exit(0)  # a fork that the function left behind
             _write(answers, answer)
 
 
-def _call(function: Any, argument: Any) -> dict[str, Any]:
+def _call(function: Any, pickled: bytes) -> dict[str, Any]:
     try:
+        argument = pickle.loads(pickled)
         result = function(argument)
         if isinstance(argument, Sequence):
             return {"rewards": [parse_reward(r) for r in _of_group(result, len(argument))]}
