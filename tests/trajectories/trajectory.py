@@ -77,6 +77,7 @@ SUPERVISED = (
     *("--rollout.servers", "0"),
     *("--stop", '{metric = "eval/heldout/loss", at_most = 0.0}'),
     *("--rollout.n_samples_per_prompt", "1", "--trainer.updates_per_batch", "1"),
+    *("--lr", "5e-4", "--megatron.adam_beta2", "0.98", "--trainer.lr_warmup_steps", "0"),
 )
 EXACT_STEPS = 3
 """So many steps agree to the last count of right answers, whatever the processor."""
