@@ -70,6 +70,10 @@ def ends_its_process_later(sample: Sample) -> float:
     return 1.0
 
 
+def takes_away(sample: Sample) -> float:
+    return sample.metadata["tests"].pop()
+
+
 def is_one(argument: object) -> float:
     return 1.0
 
@@ -92,12 +96,16 @@ def ranks(samples: list[Sample]) -> list[float]:
     return [float(i) for i, _ in enumerate(samples)]
 
 
-async def scored(name: str, n: int = 6, **options: object) -> tuple[list[Sample], float]:
+async def scored(
+    name: str, n: int = 6, metadata: dict[str, Any] | None = None, **options: object
+) -> tuple[list[Sample], float]:
     grader = Grader(f"{HERE}:{name}", TIMEOUT_S, memory_bytes=1 << 30, **options)  # pyright: ignore[reportArgumentType]
     await grader.start()
     started = time.monotonic()
     try:
-        samples = await grader.score_group([replace(SAMPLE, index=i) for i in range(n)])
+        samples = await grader.score_group(
+            [replace(SAMPLE, index=i, metadata={**(metadata or {})}) for i in range(n)]
+        )
     finally:
         seconds = time.monotonic() - started
         await grader.stop()
@@ -179,6 +187,21 @@ async def test_of_quick_calls_that_are_sent_together_one_that_fails_fails_alone(
     assert reason in samples[30].metadata["error"]
     assert {s.reward for s in samples} == {None, 1.0}
     assert seconds < TIMEOUT_S + SLACK_S
+
+
+async def test_what_a_function_changes_in_a_sample_is_changed_in_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(reward_pool, "MESSAGE_S", 60.0)
+    samples, _ = await scored("takes_away", 40, workers=1, metadata={"tests": [1.0, 2.0]})
+    assert [s.reward for s in samples] == [2.0] * 40
+
+
+async def test_a_pool_that_was_stopped_is_asked_in_vain():
+    pool = reward_pool.RewardPool(f"{HERE}:is_one", 1, 1 << 30)
+    await pool.stop()
+    with pytest.raises(reward_pool.GradeError, match="ended"):
+        await pool.call(1, TIMEOUT_S)
 
 
 async def test_what_cannot_be_sent_to_a_process_fails_alone(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollflow.engines.rollout.config import BufferConfig, HooksConfig, RolloutConfig
-from rollflow.engines.rollout.datasets import Asked, training_dataset
+from rollflow.engines.rollout.datasets import Asked, takes_groups, training_dataset
 from rollflow.engines.rollout.producer import make_buffer
 from rollflow.storage.buffer import BufferState, DataBuffer, Kept
 from rollflow.storage.config import DataConfig, StoreConfig
@@ -126,3 +126,16 @@ def test_a_prompts_own_sampling_is_laid_over_the_settings_and_the_hooks_over_bot
         )
         assert plain["temperature"] == own["temperature"] == temperature
         assert (plain["top_k"], own["top_k"]) == (-1, 5)
+
+
+def test_whole_groups_go_to_servers_of_ours_with_one_process_that_answers():
+    def settings(**given: Any) -> RolloutConfig:
+        return RolloutConfig.model_validate({"reward": "-", **given})
+
+    several = {"tokenizer_worker_num": 2}
+    group = {"name": "big", "servers": 1, "sglang": several}
+    others = {"urls": ["http://127.0.0.1:1"], "weights": "file:///weights"}
+    assert takes_groups(settings(), {})
+    assert not takes_groups(settings(), several)
+    assert not takes_groups(settings(groups=[group]), {})
+    assert not takes_groups(settings(servers=0, external=others), {})
