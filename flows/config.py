@@ -202,7 +202,7 @@ class RunConfig(Config):
             if wanted and wanted.metric.split("/")[1:2] not in [[n] for n in names]:
                 raise ValueError(
                     f"{field}.metric = {wanted.metric!r} belongs to no dataset of evals; "
-                    "write eval/<name of a dataset>/reward"
+                    f"write eval/<name of a dataset>/reward (there: {', '.join(names) or 'none'})"
                 )
         return self
 

@@ -111,9 +111,10 @@ class RolloutConfig(Config):
     group_reward: bool = False
     """The reward function is given all samples of a group and returns a reward for each."""
     reward_timeout_s: float = Field(default=60.0, gt=0)
-    """Deadline of one call; the sample of a call that is late is failed."""
+    """Deadline of one call; the sample, or the group, of a call that is late is failed."""
     reward_retries: int = Field(default=1, ge=0)
-    """Times that a reward function that raised is called again, within the same deadline."""
+    """Times that a reward function that raised is called again, unless ``reward_timeout_s`` has gone since
+    it was first asked, waiting included; each call has the whole deadline."""
     reward_workers: int = Field(default=2, gt=0)
     """Processes that run a plain reward function; up to four times as many while calls are slow."""
     reward_memory_gb: float = Field(default=4.0, gt=0)

@@ -1,7 +1,7 @@
-"""``python -m rollflow.engines.rollout.reward_worker FD FD``: a process that scores for its owner.
+"""``python -m rollflow.engines.rollout.reward_worker``: a process that scores for its owner.
 
-It reads pickled requests from the first descriptor and writes lines of JSON to the second; the
-owner believes nothing else of what comes from here. What the reward function prints goes nowhere,
+It reads messages from standard input, each a pickled list of pickled samples, and writes a line of
+JSON for each sample to standard output; the owner believes nothing else of what comes from here. What the reward function prints goes nowhere,
 and what it forks cannot answer in its stead.
 """
 
