@@ -1,8 +1,9 @@
 """``python -m rollflow.engines.rollout.reward_worker``: a process that scores for its owner.
 
-It reads messages from standard input, each a pickled list of pickled samples, and writes a line of
-JSON for each sample to standard output; the owner believes nothing else of what comes from here. What the reward function prints goes nowhere,
-and what it forks cannot answer in its stead.
+It reads messages from standard input, each a pickled list of what calls are given, pickled one by
+one, and writes a line of JSON for each call to standard output; the owner believes nothing else of
+what comes from here. What the reward function prints goes nowhere, and what it forks cannot answer in
+its stead.
 """
 
 import ctypes
