@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .kept import Kept
 from .ledger import Issue, read_issue
 from .manifests import batch_folder, batch_steps, find_batch, read_manifest
 from .objects import Store
@@ -20,19 +21,6 @@ from .order import draw_from
 from .prompts import PromptSet
 from .refs import RunRef
 from .samples import Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A group that waits, e.g. ``Kept("000007/train.jsonl:3", 7, "train.jsonl:3", 6, "cut")``."""
-
-    group_id: str
-    """Its name in the step that began it."""
-    step: int
-    prompt_id: str
-    oldest_version: int | None
-    """Of all its tokens; None where there is none, so that only its prompt waits."""
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rollflow.storage.buffer import Kept
+from rollflow.storage.kept import Kept
 from rollflow.storage.samples import Message, Prompt, Sample
 
 from .signatures import HookKind

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, cast
 
-from rollflow.storage.buffer import Kept
+from rollflow.storage.kept import Kept
 from rollflow.storage.samples import Message, Prompt, Sample, Status
 
 from .adapters import columns_asked

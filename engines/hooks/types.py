@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from rollflow.storage.buffer import Kept
+from rollflow.storage.kept import Kept
 from rollflow.storage.samples import Message, Prompt, Sample, Status
 
 Reward = float | Mapping[str, float]

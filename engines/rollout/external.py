@@ -297,7 +297,11 @@ class Externals:
             return
         try:
             held = await self._held(server)
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except TimeoutError:
+            late = f"to tell its weights' version took more than {self._config.slow_s:g} s"
+            await self._leave_out(server, late)
+            return
+        except aiohttp.ClientError as error:
             await self._leave_out(server, _said(error))
             return
         if held != server.label:
