@@ -36,6 +36,8 @@ def sampler_class() -> type[Any]:
             if sampler.SGLANG_RETURN_ORIGINAL_LOGPROB or not is_plain(
                 sampling_info, top_logprobs_nums, token_ids_logprobs
             ):
+                # A decoding step's may be bfloat16, see server_logits; SGLang divides and adds in place.
+                logits_output.next_token_logits = logits_output.next_token_logits.float()
                 return super().forward(logits_output, sampling_info, *rest)
             logits = self._preprocess_logits(logits_output.next_token_logits, sampling_info)
             tokens, logprobs = _draw()(logits, sampling_info.temperatures)

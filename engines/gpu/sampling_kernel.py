@@ -8,133 +8,107 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-PARTS = 8
-"""Programs that share a row, so that few rows keep a GPU busy too."""
+"""Columns of a part: what one program adds up."""
+UNITS = tl.constexpr(float(1 << 40))
+"""Weights are drawn among as whole numbers of 2^-40, whose sums are exact: of any order, never falling."""
 
 
 def draw(logits_RV: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens, int32 [R]; their log-probabilities in nats, float32 [R]).
 
-    The largest of z - log(E) has softmax's distribution where each E is drawn from the exponential one
-    (the Gumbel-max trick). The random numbers follow from PyTorch's generator of this GPU.
+    A part of the columns is drawn by its weight, then a column of that part by its own. A token that is
+    less likely than its part's likeliest by 2^-40 is not drawn. The random numbers come from PyTorch's
+    generator of this GPU.
     """
     rows, columns = logits_RV.shape
     logits_RV = logits_RV.contiguous()
-    numbers = logits_RV.new_empty((4, rows, PARTS), dtype=torch.float32)
-    places = logits_RV.new_empty((rows, PARTS), dtype=torch.int32)
+    parts = triton.cdiv(columns, BLOCK)
+    found = logits_RV.new_empty((2, rows, parts), dtype=torch.float32)
     tokens_R = logits_RV.new_empty(rows, dtype=torch.int32)
     logprobs_R = logits_RV.new_empty(rows, dtype=torch.float32)
     if not rows:
         return tokens_R, logprobs_R
-    seed = torch.randint(1 << 62, (1,), device=logits_RV.device)
-    parts: Any = _parts
-    parts[(rows, PARTS)](
+    random_R2 = torch.rand((rows, 2), dtype=torch.float64, device=logits_RV.device)
+    scales_R = temperatures_R.reshape(-1)
+    weigh: Any = _weigh
+    weigh[(rows, parts)](logits_RV, scales_R, found[0], found[1], columns, BLOCK=BLOCK, num_warps=8)
+    choose: Any = _choose
+    choose[(rows,)](
         logits_RV,
-        temperatures_R.reshape(-1),
-        seed,
-        numbers,
-        places,
-        rows,
+        scales_R,
+        found[0],
+        found[1],
+        random_R2,
+        tokens_R,
+        logprobs_R,
         columns,
-        PARTS=PARTS,
+        parts,
+        PARTS=triton.next_power_of_2(parts),
         BLOCK=BLOCK,
         num_warps=8,
     )
-    join: Any = _join
-    join[(rows,)](numbers, places, tokens_R, logprobs_R, rows, PARTS=PARTS, num_warps=1)
     return tokens_R, logprobs_R
 
 
 @triton.jit
-def _parts(
+def _weigh(
     logits,  # noqa: ANN001 - Triton reads annotations
     temperatures,  # noqa: ANN001
-    seed,  # noqa: ANN001
-    numbers,  # noqa: ANN001
-    places,  # noqa: ANN001
-    rows,  # noqa: ANN001
+    tops,  # noqa: ANN001
+    totals,  # noqa: ANN001
     columns,  # noqa: ANN001
+    BLOCK: tl.constexpr,
+):
+    """Of each part: its largest z, and the sum of exp(z - that)."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    z = _part(logits, temperatures, row, part, columns, BLOCK)
+    top = tl.maximum(tl.max(z, 0), -1e30)
+    at = row * tl.num_programs(1) + part
+    tl.store(tops + at, top)
+    tl.store(totals + at, tl.sum(tl.exp(z - top), 0))
+
+
+@triton.jit
+def _choose(
+    logits,  # noqa: ANN001
+    temperatures,  # noqa: ANN001
+    tops,  # noqa: ANN001
+    totals,  # noqa: ANN001
+    random,  # noqa: ANN001
+    tokens,  # noqa: ANN001
+    logprobs,  # noqa: ANN001
+    columns,  # noqa: ANN001
+    parts,  # noqa: ANN001
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, part = tl.program_id(0), tl.program_id(1)
-    scale = 1 / tl.load(temperatures + row)
-    key = tl.load(seed)
-    width = tl.cdiv(columns, PARTS)
-    first = part * width
-    last = tl.minimum(first + width, columns)
-    here = logits + row.to(tl.int64) * columns
-    QUARTER: tl.constexpr = BLOCK // 4
-    lane = tl.arange(0, QUARTER)
-    best = tl.full([QUARTER], float("-inf"), tl.float32)
-    value = tl.full([QUARTER], float("-inf"), tl.float32)
-    place = tl.zeros([QUARTER], tl.int32)
-    highest = tl.full([QUARTER], -1e30, tl.float32)
-    total = tl.zeros([QUARTER], tl.float32)
-    for start in range(first, last, BLOCK):
-        r0, r1, r2, r3 = tl.randint4x(key, row * columns + start + lane)
-        c0 = start + lane
-        c1, c2, c3 = c0 + QUARTER, c0 + 2 * QUARTER, c0 + 3 * QUARTER
-        z0 = tl.load(here + c0, mask=c0 < last, other=float("-inf")).to(tl.float32) * scale
-        z1 = tl.load(here + c1, mask=c1 < last, other=float("-inf")).to(tl.float32) * scale
-        z2 = tl.load(here + c2, mask=c2 < last, other=float("-inf")).to(tl.float32) * scale
-        z3 = tl.load(here + c3, mask=c3 < last, other=float("-inf")).to(tl.float32) * scale
-        higher = tl.maximum(highest, tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)))
-        total = total * tl.exp(highest - higher) + (
-            tl.exp(z0 - higher) + tl.exp(z1 - higher) + tl.exp(z2 - higher) + tl.exp(z3 - higher)
-        )
-        highest = higher
-        best, value, place = _better(best, value, place, z0, c0, r0)
-        best, value, place = _better(best, value, place, z1, c1, r1)
-        best, value, place = _better(best, value, place, z2, c2, r2)
-        best, value, place = _better(best, value, place, z3, c3, r3)
-    top = tl.max(highest, 0)
-    winner = tl.max(best, 0)
-    chosen = tl.min(tl.where(best == winner, place, 2147483647), 0)
-    at = row * PARTS + part
-    tl.store(numbers + at, winner)
-    tl.store(
-        numbers + rows * PARTS + at, tl.max(tl.where(place == chosen, value, float("-inf")), 0)
-    )
-    tl.store(numbers + 2 * rows * PARTS + at, top)
-    tl.store(numbers + 3 * rows * PARTS + at, tl.sum(total * tl.exp(highest - top), 0))
-    tl.store(places + at, chosen)
-
-
-@triton.jit
-def _better(best, value, place, z, column, random):  # noqa: ANN001
-    """Of each lane: what has won so far, or the column with its random number."""
-    u = (random.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # -log(1 - u); near 0, which wins, 1 - u would round the small u away.
-    e = tl.where(u < 0.01, u * (1 + u * (0.5 + u * 0.33333333)), -tl.log(1 - u))
-    score = z - tl.log(e)
-    wins = score > best
-    return (
-        tl.where(wins, score, best),
-        tl.where(wins, z, value),
-        tl.where(wins, column, place),
-    )
-
-
-@triton.jit
-def _join(
-    numbers,  # noqa: ANN001
-    places,  # noqa: ANN001
-    tokens,  # noqa: ANN001
-    logprobs,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    PARTS: tl.constexpr,
-):
     row = tl.program_id(0)
-    at = row * PARTS + tl.arange(0, PARTS)
-    best = tl.load(numbers + at)
-    value = tl.load(numbers + rows * PARTS + at)
-    highest = tl.load(numbers + 2 * rows * PARTS + at)
-    total = tl.load(numbers + 3 * rows * PARTS + at)
-    place = tl.load(places + at)
-    winner = tl.max(best, 0)
-    chosen = tl.min(tl.where(best == winner, place, 2147483647), 0)
-    z = tl.max(tl.where(place == chosen, value, float("-inf")), 0)
-    top = tl.max(highest, 0)
-    tl.store(tokens + row, chosen)
-    tl.store(logprobs + row, z - top - tl.log(tl.sum(total * tl.exp(highest - top), 0)))
+    i = tl.arange(0, PARTS)
+    top = tl.load(tops + row * parts + i, mask=i < parts, other=-1e30)
+    total = tl.load(totals + row * parts + i, mask=i < parts, other=0)
+    highest = tl.max(top, 0)
+    weight = total * tl.exp(top - highest)
+    part = tl.minimum(_drawn(weight, tl.load(random + 2 * row)), parts - 1)
+    z = _part(logits, temperatures, row, part, columns, BLOCK)
+    weight_B = tl.exp(z - tl.maximum(tl.max(z, 0), -1e30))
+    place = tl.minimum(_drawn(weight_B, tl.load(random + 2 * row + 1)), BLOCK - 1)
+    chosen = tl.max(tl.where(tl.arange(0, BLOCK) == place, z, float("-inf")), 0)
+    tl.store(tokens + row, tl.minimum(part * BLOCK + place, columns - 1))
+    tl.store(logprobs + row, chosen - highest - tl.log(tl.sum(weight, 0)))
+
+
+@triton.jit
+def _part(logits, temperatures, row, part, columns, BLOCK: tl.constexpr):  # noqa: ANN001
+    """The part's logits by the row's temperature; -inf where it has no column."""
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    here = logits + row.to(tl.int64) * columns + column
+    z = tl.load(here, mask=column < columns, other=float("-inf")).to(tl.float32)
+    return z * (1 / tl.load(temperatures + row))
+
+
+@triton.jit
+def _drawn(weights, random):  # noqa: ANN001
+    """Where the running sum of the weights first exceeds that share, below 1, of their whole."""
+    sums = tl.cumsum((weights * UNITS).to(tl.int64), 0)
+    share = (random * tl.max(sums, 0).to(tl.float64)).to(tl.int64)
+    return tl.sum((sums <= share).to(tl.int32), 0)

@@ -13,6 +13,7 @@ Known for the versions in :data:`KNOWN`; others are left alone.
 
 import base64
 import importlib.metadata
+import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ KNOWN = ("0.5.17", "0.5.18")
 OURS = "rollflow-"
 """Begins the ids of requests by a client that reads packed log-probabilities."""
 LOGPROBS = "output_token_logprobs"
+End = tuple[int, frozenset[int], int]
+"""(length at which an answer ends, tokens that end it, tokens that the model has)."""
 
 
 def install() -> None:
@@ -87,14 +90,15 @@ def putting_away(
     ``interval``: tokens after which an answer is handed on. ``traced``: whether times of each step are
     kept.
     """
-    known: list[tuple[list[str], bool]] = [([], False)]
-    """Requests of the last step, and whether all were plain: the next has mostly the same."""
+    known: list[tuple[list[str], bool, list[End]]] = [([], False, [])]
+    """Requests of the last step, whether all were plain, and what ends each: the next has mostly the same."""
 
     def process_batch_result_decode(self: Any, batch: Any, result: Any) -> None:
         requests = batch.reqs
         names = [request.rid for request in requests]
         if known[0][0] != names:
-            known[0] = names, not traced() and all(map(is_plain, requests))
+            plain = not traced() and all(map(is_plain, requests))
+            known[0] = names, plain, list(map(end_of, requests)) if plain else []
         if not (known[0][1] and is_plain_step(self, batch, result)):
             whole(self, batch, result)
             return
@@ -104,7 +108,7 @@ def putting_away(
         logprobs = result.logits_output.next_token_logprobs.tolist() if batch.return_logprob else ()
         self.metrics_reporter.num_generated_tokens += len(requests)
         self.token_to_kv_pool_allocator.free_group_begin()
-        due = _put_away(self, batch, result, tokens, logprobs, interval)
+        due = _put_away(self, batch, result, tokens, logprobs, known[0][2], interval)
         if due:
             self.output_streamer.stream_output(due, batch.return_logprob)
         self.token_to_kv_pool_allocator.free_group_end()
@@ -125,6 +129,7 @@ def _put_away(
     result: Any,
     tokens: Sequence[int],
     logprobs: Sequence[float],
+    ends: Sequence[End],
     interval: int,
 ) -> list[Any]:
     """Add each token to its request; the requests that have something to hand on."""
@@ -136,7 +141,14 @@ def _put_away(
         token, answer = tokens[i], request.output_ids
         answer.append(token)
         request.time_stats.last_decode_finish_time = now
-        request.update_finish_state(1)
+        limit, stops, vocabulary = ends[i]
+        if (
+            len(answer) >= limit
+            or token in stops
+            or not 0 <= token < vocabulary  # what a logit that is no number makes
+            or request.to_finish
+        ):
+            request.update_finish_state(1)
         ended = request.finished_reason is not None
         if ended:
             processor._handle_finish_state_updated_req(
@@ -149,6 +161,19 @@ def _put_away(
         if ended or len(answer) % interval == 0:
             due.append(request)
     return due
+
+
+def end_of(request: Any) -> End:
+    """Below that length, and but for these tokens, SGLang need not be asked whether the answer ends."""
+    asked = request.sampling_params
+    if asked.stop_strs or asked.stop_regex_strs:
+        return 0, frozenset(), 0
+    stops: set[int] = set()
+    if not asked.ignore_eos:
+        stops |= {*(asked.stop_token_ids or ()), *(request.eos_token_ids or ())}
+        if (tokenizer := request.tokenizer) is not None:
+            stops |= {tokenizer.eos_token_id, *(tokenizer.additional_stop_token_ids or ())}
+    return asked.max_new_tokens, frozenset(stops), request.vocab_size or sys.maxsize
 
 
 def is_plain(request: Any) -> bool:

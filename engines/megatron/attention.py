@@ -227,7 +227,7 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """``query [T, 1, heads, size]``, ``key`` and ``value [T, 1, groups, size]`` -> ``[T, 1, heads * size]``."""
         assert isinstance(packed_seq_params, PackedSequences)
-        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.config.context_parallel_size > 1:
             k, v = self._gathered(k), self._gathered(v)
         attend = _attend_in_blocks if packed_seq_params.groups else _attend_with_flash

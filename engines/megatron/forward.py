@@ -137,7 +137,7 @@ def _run(
     forward_only: bool,
 ) -> list[Any]:
     def loss(number: int, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        output_TX = output[:, 0] if model.trained_tokens_only else output[0]
+        output_TX = output.squeeze(1) if model.trained_tokens_only else output[0]
         held = read(batch, output_TX.index_select(0, batch.places_H))
         share, kept = loss_fn(number, *(_of_all_tokens(own_H, batch) for own_H in held))
         # The count is megatron-core's divisor of a sum over tokens; our weights divide already.

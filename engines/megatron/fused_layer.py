@@ -154,7 +154,7 @@ def _forward(
     assert packed_seq_params is not None
     before, after = halves
     attention, mlp, eps = layer.self_attention, layer.mlp, layer.config.layernorm_epsilon
-    residual_TD = hidden_states[:, 0]
+    residual_TD = hidden_states.squeeze(1)  # its gradient is a view too, one of [:, 0] a copy
     queries, keys, values = before(
         residual_TD,
         *packed_seq_params.turn(rotary_pos_emb, residual_TD.dtype),
@@ -172,7 +172,7 @@ def _forward(
     )
     hidden_TD = after(
         residual_TD,
-        attended[:, 0],
+        attended.squeeze(1),
         attention.linear_proj.weight,
         layer.pre_mlp_layernorm.weight,
         mlp.linear_fc1.weight,

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.cpu.megatron import cuda_means_cpu
 
+from .accumulate import add_gradients
 from .attention import PackedRotaryEmbedding
 from .bridges import BRIDGES, HAS_TE, Packed
 from .cost import row_flops
@@ -115,6 +116,8 @@ def build_model(
     if on_gpu:
         fuse_layers(chunks)
         fuse_rotary_positions()
+        if trained:
+            add_gradients(chunks)
     trained_only = on_gpu and settings.tensor_parallel == 1 and not value_head
     return Model(bridge, chunks, hf_config, dtype, on_gpu, trained_only)
 

@@ -80,8 +80,9 @@ def make_rows(
             continue
         row = _row(sample, outcome, version, need.teacher_logprobs)
         if len(row.trained_m):
-            chosen = sample_experts(sample, experts) if experts else None
-            rows.append(replace(row, experts_tLK=chosen))
+            rows.append(
+                replace(row, experts_tLK=sample_experts(sample, experts)) if experts else row
+            )
     return rows
 
 

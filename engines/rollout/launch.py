@@ -39,6 +39,7 @@ elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import sampler as _sampler
     from rollflow.engines.gpu import server_answers as _server_answers
     from rollflow.engines.gpu import server_heads as _server_heads
+    from rollflow.engines.gpu import server_logits as _server_logits
     from rollflow.engines.gpu import server_weights as _server_weights
     from rollflow.engines.rollout import server_channel as _server_channel
 
@@ -47,6 +48,7 @@ elif __name__ == "__mp_main__":
     _server_channel.install()
     _server_answers.install()
     _server_heads.install()
+    _server_logits.install()
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ LIMIT_S = 480
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 512
 RUN_PROMPT_TOKENS = 6
 """Of the recipe's own prompts, at most."""
-ROWS, LARGE_GIB = {"0.6b": 32, "1.7b": 16, "4b": 8}, 120
+ROWS, LARGE_GIB = {"0.6b": 32, "1.7b": 16, "4b": 12}, 120
 """Samples in a micro-batch; twice as many on a GPU with so much memory."""
 CACHE_SPARE = 4096
 """Tokens of keys and values beside those of the answers. A server's larger cache would only take

@@ -19,7 +19,18 @@ def request(rid, *, new_tokens=6, stop=None, **changes):
         output_ids=array("q"),
         finished_reason=None,
         finished_output=False,
+        to_finish=None,
         is_retracted=False,
+        sampling_params=SimpleNamespace(
+            max_new_tokens=new_tokens,
+            stop_strs=[],
+            stop_regex_strs=[],
+            stop_token_ids={stop} if stop else None,
+            ignore_eos=False,
+        ),
+        eos_token_ids=None,
+        tokenizer=None,
+        vocab_size=100,
         return_logprob=True,
         logprob=SimpleNamespace(
             output_token_logprobs_val=[],
@@ -34,12 +45,14 @@ def request(rid, *, new_tokens=6, stop=None, **changes):
         return_hidden_states=False,
         return_sampling_mask=False,
         released=False,
+        asked=0,
     )
     for name, value in changes.items():
         setattr(found, name, value)
 
     def update_finish_state(count):
         assert count == 1
+        found.asked += 1
         if found.output_ids[-1] == stop:
             found.finished_reason = "stop"
         elif len(found.output_ids) >= new_tokens:
@@ -170,6 +183,41 @@ def test_the_short_loop_keeps_and_hands_on_what_the_whole_one_does():
     found = run(short, steps)
     assert found == run(whole, steps)
     assert [rid for rid, _, reason in found[1] if reason] == ["c", "b", "a"]
+
+
+def sampled(**changes):
+    asked = vars(request("a").sampling_params) | changes
+    return {"sampling_params": SimpleNamespace(**asked)}
+
+
+ENDS = SimpleNamespace(eos_token_id=8, additional_stop_token_ids={9})
+
+
+@pytest.mark.parametrize(
+    ("changes", "token", "expected"),
+    [
+        ({}, 7, 0),
+        (sampled(max_new_tokens=1), 7, 1),
+        (sampled(stop_token_ids={7}), 7, 1),
+        (sampled(stop_strs=["7"]), 7, 1),
+        (sampled(stop_regex_strs=["7"]), 7, 1),
+        ({"eos_token_ids": {7}}, 7, 1),
+        ({"eos_token_ids": {7}, **sampled(ignore_eos=True)}, 7, 0),
+        ({"tokenizer": ENDS}, 7, 0),
+        ({"tokenizer": ENDS}, 8, 1),
+        ({"tokenizer": ENDS}, 9, 1),
+        ({"tokenizer": ENDS, **sampled(ignore_eos=True)}, 8, 0),
+        ({}, 100, 1),
+        ({}, -1, 1),
+        ({"vocab_size": None}, 100, 0),
+        ({"to_finish": "aborted"}, 7, 1),
+    ],
+)
+def test_sglang_is_asked_whether_an_answer_ends_where_it_may(changes, token, expected):
+    one = request("a", **changes)
+    putting_away(whole, INTERVAL, traced=lambda: False)(Processor(), *step([one], [token]))
+    assert one.asked == expected
+    assert list(one.output_ids) == [token]
 
 
 @pytest.mark.parametrize(

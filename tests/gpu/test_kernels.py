@@ -155,3 +155,14 @@ def test_heads_are_normalised_and_rotated_and_fill_the_cache(heads, groups, size
     others = torch.ones(slots).bool().index_fill(0, places, False)
     assert (keys[others] == 7).all()
     assert (values[others] == 7).all()
+
+
+@pytest.mark.parametrize("count", [1, 4096, 100_003])
+def test_additions_are_those_of_pytorch(count):
+    from rollflow.engines.gpu.add_kernel import add_to
+
+    torch.manual_seed(0)
+    total, part = torch.randn(count, device=DEVICE), torch.randn(count, device=DEVICE).bfloat16()
+    expected = total.clone().add_(part)
+    add_to(total, part)
+    assert torch.equal(total, expected)
