@@ -40,7 +40,8 @@ OWNER = """
 import os, signal, sys
 from rollflow.engines.rollout.forked import Forked
 reads, writes = os.pipe()
-print(Forked({}, os.environ, reads, 2, sys.argv[1:]).pid, flush=True)
+server = Forked({}, os.environ, reads, 2, sys.argv[1:])
+print(server.pid, flush=True)
 signal.pause()
 """
 
