@@ -53,9 +53,9 @@ def detect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     Raises:
         ValueError: ``cuda`` was asked for and torch sees none.
     """
-    if device == "cpu" or (device == "auto" and not _cuda_available()):
+    if device == "cpu" or (device == "auto" and not has_cuda()):
         return Platform("cpu", "gloo")
-    if not _cuda_available():
+    if not has_cuda():
         raise ValueError(
             "cluster.device is 'cuda' but torch sees no CUDA device on this machine; "
             "set cluster.device to 'auto' or 'cpu', or check the driver with nvidia-smi"
@@ -78,7 +78,8 @@ def one_thread_env() -> dict[str, str]:
     }
 
 
-def _cuda_available() -> bool:
+def has_cuda() -> bool:
+    """Whether torch sees a GPU."""
     if importlib.util.find_spec("torch") is None:
         return False
     try:

@@ -1,6 +1,13 @@
-"""In which order the files are tested."""
+"""In which order the files are tested, and what they share."""
 
 import pytest
+
+from rollflow.engines.rollout import forked
+
+
+def pytest_configure() -> None:
+    """What has SGLang imported stays until the last test, once one has made it; all workers share it."""
+    forked.hold()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,10 +3,12 @@
 The owner writes one line of JSON, the arguments, to standard input and leaves the pipe open. A
 guard waits for the end of the pipe, which comes whatever ended the owner, and then kills the
 process and all that it started: no orphan. The guard is a process of its own because the router
-never lets another Python thread run.
+never lets another Python thread run. ``fork-server`` is what servers are forks of on a CPU, each
+with such a guard.
 """
 
 import ctypes
+import gc
 import json
 import os
 import select
@@ -14,8 +16,10 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+from rollflow.engines.rollout import fork_server
 from rollflow.engines.scratch import scratch_folder
 
 ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
@@ -53,8 +57,17 @@ elif __name__ == "__mp_main__":
 
 def main() -> int:
     """Run what ``sys.argv[1]`` names until it ends or its owner does; gives its exit status."""
-    run = {"server": run_server, "router": run_router}[sys.argv[1]]
-    arguments = json.loads(_read_line())
+    kind = sys.argv[1]
+    if kind == "fork-server":
+        fork_server.serve(_load_for_forks, _keep_fork)
+    return keep({"server": run_server, "router": run_router}[kind], json.loads(_read_line()))
+
+
+def keep(run: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> int:
+    """``run`` in a process of its own, guarded by this one until either it or standard input ends.
+
+    Returns in the guard, with the exit status of the other, which ends by SystemExit.
+    """
     temporary = str(scratch_folder())
     guard = os.getpid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -64,7 +77,7 @@ def main() -> int:
         os.setpgid(0, 0)
         _die_with_guard(guard)
         run(arguments)
-        return 0
+        sys.exit(0)
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: os.killpg(child, signal.SIGKILL))
     try:
@@ -73,8 +86,8 @@ def main() -> int:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def run_server(arguments: dict[str, Any]) -> None:
-    """Run one SGLang HTTP server. ``arguments``: fields of its ServerArgs."""
+def load_server() -> None:
+    """Import SGLang and put in what we change of it; of all this nothing depends on arguments."""
     if ON_CPU:
         from rollflow.engines.cpu import routed_experts, seeded_sampling
         from rollflow.engines.cpu import sglang as cpu_support
@@ -91,15 +104,10 @@ def run_server(arguments: dict[str, Any]) -> None:
         sampler.install()
         server_weights.install()
         server_answers.install_telling()
-    if not arguments.get("dist_init_addr"):
-        # A rendezvous over TCP would listen on every interface; a file does not.
-        rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
-        os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", rendezvous)
     _leave_out("megatron")  # SGLang's debugger looks whether it is there
-    from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.server_args import ServerArgs
+    import sglang.srt.entrypoints.http_server  # noqa: F401 - what takes long
 
-    from rollflow.engines.rollout import experts, group_seeds
+    from rollflow.engines.rollout import group_seeds
 
     group_seeds.install()
     if ON_CPU:
@@ -107,9 +115,50 @@ def run_server(arguments: dict[str, Any]) -> None:
 
         attention.install()
 
+
+def run_server(arguments: dict[str, Any]) -> None:
+    """Run one SGLang HTTP server. ``arguments``: fields of its ServerArgs."""
+    load_server()
+    run_loaded(arguments)
+
+
+def run_loaded(arguments: dict[str, Any]) -> None:
+    """:func:`run_server` where the imports are done."""
+    if not arguments.get("dist_init_addr"):
+        # A rendezvous over TCP would listen on every interface; a file does not.
+        rendezvous = f"file://{tempfile.gettempdir()}/rendezvous"
+        os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", rendezvous)
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.server_args import ServerArgs
+
+    from rollflow.engines.rollout import experts
+
     if arguments.get(experts.SWITCH):
         experts.ask_by_id()
     launch_server(ServerArgs(**arguments))
+
+
+def _load_for_forks() -> None:
+    """Before the first fork: what a server imports, and its scheduler once it has started."""
+    load_server()
+    import setproctitle
+    import sglang.srt.managers.tp_worker
+
+    if not os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE"):  # only a fork may find it
+        import sglang.srt.models.registry  # noqa: F401
+    gc.collect()
+    gc.freeze()  # collections of the forks neither look at it nor, by that, copy it
+    setproctitle.getproctitle()  # it finds the title's place only as long as the environment is untouched
+
+
+def _keep_fork(arguments: dict[str, Any]) -> int:
+    """A server in a fork of the fork server: under its own name, with random numbers of its own."""
+    import numpy as np
+    import setproctitle
+
+    setproctitle.setproctitle(f"{sys.executable} -m rollflow.engines.rollout.launch server")
+    np.random.seed()
+    return keep(run_loaded, arguments)
 
 
 def run_router(arguments: dict[str, Any]) -> None:

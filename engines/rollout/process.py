@@ -2,14 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from rollflow.engines.platform import Device, one_thread_env
+from rollflow.engines.platform import Device, has_cuda, one_thread_env
+
+from .forked import Forked
 
 TAIL_LINES = 15
 
@@ -29,6 +30,7 @@ class OwnedProcess:
     """Starts ``kind`` with ``arguments`` and keeps it: it cannot outlive this process.
 
     What it prints goes to ``log``. Kill it by :meth:`kill`; nothing it holds is worth a farewell.
+    Without a GPU a server is a fork of a process that has SGLang imported, see :mod:`.forked`.
     """
 
     def __init__(
@@ -39,20 +41,10 @@ class OwnedProcess:
         device: Device,
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "rollflow.engines.rollout.launch", kind],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **ENV, **(_cpu_env() if device == "cpu" else CUDA_ENV)},
-            )
-        assert self._process.stdin is not None
-        self._pipe = self._process.stdin
-        self._pipe.write(json.dumps(dict(arguments)).encode() + b"\n")
-        self._pipe.flush()
+        self._log = log
+        environment = {**os.environ, **ENV, **(_cpu_env() if device == "cpu" else CUDA_ENV)}
+        start = _fork if kind == "server" and device == "cpu" and not has_cuda() else _start
+        self._process, self._pipe = start(kind, arguments, log, environment)
 
     @property
     def pid(self) -> int:
@@ -64,8 +56,17 @@ class OwnedProcess:
         """None while it runs."""
         return self._process.poll()
 
+    @property
+    def log(self) -> Path:
+        """What it prints; until there is a fork that prints, what the fork server does."""
+        if isinstance(self._process, Forked) and not self._process.started:
+            return self._process.fork_log
+        return self._log
+
     def tail(self) -> str:
         """The last lines of the log, for an error message."""
+        if not self.log.exists():  # a fork server's that nobody needed any more
+            return ""
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
@@ -75,8 +76,41 @@ class OwnedProcess:
         try:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
+
+
+def _start(
+    kind: str, arguments: Mapping[str, Any], log: Path, environment: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rollflow.engines.rollout.launch", kind],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(dict(arguments)).encode() + b"\n")
+    process.stdin.flush()
+    return process, process.stdin
+
+
+def _fork(
+    kind: str, arguments: Mapping[str, Any], log: Path, environment: Mapping[str, str]
+) -> tuple[Forked, IO[bytes]]:
+    read_end, write_end = os.pipe()
+    pipe = os.fdopen(write_end, "wb")
+    try:
+        with log.open("ab") as output:
+            return Forked(arguments, environment, read_end, output.fileno()), pipe
+    except BaseException:
+        pipe.close()
+        raise
+    finally:
+        os.close(read_end)
 
 
 def _cpu_env() -> dict[str, str]:

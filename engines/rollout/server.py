@@ -12,6 +12,7 @@ import aiohttp
 from rollflow.engines.config import ModelConfig
 from rollflow.engines.platform import Device
 
+from . import forked
 from .ports import PortLease
 from .process import OwnedProcess
 from .server_args import server_arguments
@@ -57,6 +58,7 @@ class ServerActor:
         self.name = name
         self.log = Path(log_dir) / f"{name}.log"
         self.device: Device = device
+        forked.hold()  # a server that dies has a successor
         self._process: OwnedProcess | None = None
         self._lease: PortLease | None = None
 
@@ -73,9 +75,9 @@ class ServerActor:
         port = self._lease.port
         arguments = server_arguments(model, table, self.device, port=port, seed=seed)
         self._process = OwnedProcess("server", arguments, self.log, self.device)
-        info = ServerInfo(f"http://127.0.0.1:{port}", self._process.pid, port)
-        await wait_until_up(self.name, self._process, f"{info.url}/model_info", timeout_s)
-        return info
+        url = f"http://127.0.0.1:{port}"
+        await wait_until_up(self.name, self._process, f"{url}/model_info", timeout_s)
+        return ServerInfo(url, self._process.pid, port)
 
     async def wait_for_end(self) -> str:
         """Return once the process has ended, with its exit code and its log's last lines."""
