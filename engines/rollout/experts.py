@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rollflow.storage.samples import EXPERTS_DTYPE
+
 SWITCH = "enable_return_routed_experts"
 """Of SGLang's arguments: the servers keep what their routers choose."""
 ASKING = "rollflow-experts-"
@@ -38,8 +40,6 @@ def told_experts(meta: Mapping[str, Any], rows: int) -> bytes:
     Raises:
         ValueError: nothing, or of another number of tokens.
     """
-    from rollflow.storage.samples import EXPERTS_DTYPE  # not in servers: Arrow starts a thread
-
     told = np.frombuffer(base64.b64decode(meta.get("routed_experts") or ""), TOLD_DTYPE)
     if not told.size or told.size % rows:
         raise ValueError(f"{told.size} routed experts for {rows} tokens")
