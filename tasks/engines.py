@@ -19,6 +19,7 @@ from rollflow.engines.cluster import DeadlineError, EngineDiedError
 from rollflow.engines.megatron.actor import TrainerRank
 from rollflow.engines.null import NullRollout, NullTrainer
 from rollflow.engines.platform import Platform, detect
+from rollflow.engines.rollout import forked
 from rollflow.engines.rollout.client import GenerationError
 from rollflow.engines.rollout.experts import SWITCH
 from rollflow.engines.rollout.manager import RolloutManager
@@ -68,11 +69,13 @@ async def running_engines(
     ``train`` and ``rollout`` tell which of the two sides are wanted. The trainer has the model's
     first weights until :func:`restore_checkpoint`.
     """
+    own_servers = rollout and bool(config.rollout.tables({}))
+    if own_servers:
+        forked.hold()  # engines that start anew, or the next ones of this process, need not import again
     try:
         ref, signalled = cluster.connect(config.cluster, _own_name(plan.run)), False
     except DeadlineError as error:
         raise StartError(f"the engines did not start: {error}") from error
-    own_servers = rollout and bool(config.rollout.tables({}))
     engines = Engines(
         cluster=ref,
         ranks=tuple(f"trainer-{r}" for r in range(config.trainer.ranks)) if train else (),

@@ -231,7 +231,12 @@ class TrainerRank:
                 gc.collect()
 
     def _load(self) -> None:
-        detect("cuda" if self._device == "cuda" else "cpu").import_megatron()
+        # A collection meanwhile may fail PyTorch's reading of sources (CPython 3.11.7 and before, gh-106905).
+        gc.disable()
+        try:
+            detect("cuda" if self._device == "cuda" else "cpu").import_megatron()
+        finally:
+            gc.enable()
 
     def _layout(self) -> dict[str, int]:
         megatron = self._settings[2]

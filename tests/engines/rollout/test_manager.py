@@ -210,7 +210,7 @@ async def test_a_server_of_others_that_falls_silent_is_left_out_and_taken_back(
         [notice] = others.notices
         # Whichever it was asked first: its health, or what it holds.
         assert f"{silent.url} gets no requests: " in notice
-        assert "took more than 2 s; it is taken back after" in notice
+        assert "took more than 2 s" in notice
         assert others.in_service == 1
         await silent.recover()
         await until(lambda: others.in_service == 2)
