@@ -90,15 +90,14 @@ def putting_away(
     ``interval``: tokens after which an answer is handed on. ``traced``: whether times of each step are
     kept.
     """
-    known: list[tuple[list[str], bool, list[End]]] = [([], False, [])]
+    known: list[tuple[list[Any], bool, list[End]]] = [([], False, [])]
     """Requests of the last step, whether all were plain, and what ends each: the next has mostly the same."""
 
     def process_batch_result_decode(self: Any, batch: Any, result: Any) -> None:
         requests = batch.reqs
-        names = [request.rid for request in requests]
-        if known[0][0] != names:
+        if known[0][0] != requests:
             plain = not traced() and all(map(is_plain, requests))
-            known[0] = names, plain, list(map(end_of, requests)) if plain else []
+            known[0] = list(requests), plain, list(map(end_of, requests)) if plain else []
         if not (known[0][1] and is_plain_step(self, batch, result)):
             whole(self, batch, result)
             return

@@ -242,6 +242,14 @@ def test_a_request_that_asks_for_more_has_its_steps_put_away_by_sglang(changes):
     assert list(plain.output_ids) == [1, 1, 1]
 
 
+def test_what_ends_a_request_is_not_that_of_another_of_its_name():
+    loop = putting_away(whole, INTERVAL, traced=lambda: False)
+    first, second = request("a"), request("a", stop=7)
+    for one in (first, second):
+        loop(Processor(), *step([one], [7]))
+    assert (first.finished_reason, second.finished_reason) == (None, "stop")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
