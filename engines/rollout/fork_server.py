@@ -40,10 +40,18 @@ def serve(load: Callable[[], None], start: Start) -> NoReturn:
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     server = _ForkServer(listener, start)
-    signal.signal(signal.SIGALRM, lambda *_: server.end_if_unused())
+
+    def look(*_: object) -> None:
+        server.end_if_unused()
+        signal.setitimer(
+            signal.ITIMER_REAL, LOOK_S
+        )  # not before: one look within another waits for its lock
+
+    signal.signal(signal.SIGALRM, look)
     signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
+    signal.setitimer(signal.ITIMER_REAL, LOOK_S)
     load()
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # first: one that is due must not begin anew
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
