@@ -71,7 +71,7 @@ async def running_engines(
     """
     own_servers = rollout and bool(config.rollout.tables({}))
     if own_servers:
-        forked.hold()  # engines that start anew, or the next ones of this process, need not import again
+        forked.hold()  # on a Ray of our own, engines that start anew import nothing
     try:
         ref, signalled = cluster.connect(config.cluster, _own_name(plan.run)), False
     except DeadlineError as error:

@@ -51,18 +51,19 @@ def leaving(whole: Callable[..., Any], wanted: Callable[[], bool]) -> Callable[.
         embedding_bias: Any = None,
         use_logits_buffer: bool = True,
     ) -> Any:
+        import torch
+
         buffer = logits_metadata.next_token_logits_buffer if use_logits_buffer else None
         if (
             buffer is None
             or embedding_bias is not None
             or not logits_metadata.forward_mode.is_decode()
             or not is_plain(self, hidden_states, lm_head, buffer)
+            or torch.compiler.is_compiling()  # never tried; it would copy what a view writes
             or not wanted()
         ):
             rest = (lm_head, logits_metadata, embedding_bias, use_logits_buffer)
             return whole(self, hidden_states, *rest)
-        import torch
-
         half = buffer.view(-1).view(torch.bfloat16)[: buffer.numel()].view(buffer.shape)
         return torch.mm(hidden_states, lm_head.weight.T, out=half)
 

@@ -26,6 +26,8 @@ import rollflow.engines
 from .fork_server import HOLDERS, is_ours
 
 LOCK_S, LOCK_POLL_S = 30.0, 0.01
+MAKE_S = 20.0
+"""Seconds for the start of Python in which the lock is held; less than others wait for it."""
 KEPT_S = 3600.0
 IMPORTANT = (
     *("SGLANG_", "TORCH", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_"),
@@ -44,7 +46,7 @@ def connect(environment: Mapping[str, str], command: Sequence[str]) -> tuple[soc
     connection ends.
 
     Raises:
-        TimeoutError: another process does not let go of the lock.
+        TimeoutError: another process does not let go of the lock, or Python takes too long to start.
     """
     folder = _private_folder()
     environment = _at_import(environment)
@@ -75,16 +77,20 @@ def _make(
         listener.bind(str(path))
         listener.listen(128)
         connection.connect(str(path))
-        subprocess.run(
-            command,
-            stdin=listener.fileno(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd="/",
-            env=dict(environment),
-            timeout=LOCK_S,
-        )
+        try:
+            subprocess.run(
+                command,
+                stdin=listener.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd="/",
+                env=dict(environment),
+                timeout=MAKE_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            what = f"a fork server did not start within {MAKE_S:.0f} s; {log.name}"
+            raise TimeoutError(what) from error
 
 
 def _sweep(folder: Path) -> None:
@@ -116,7 +122,7 @@ def _has_packages(place: str) -> bool:
 
 
 def _key(environment: Mapping[str, str], command: Sequence[str]) -> str:
-    """A name for all by which the imports of two owners could differ."""
+    """A name for all by which the imports of two owners could differ, and what forks inherit."""
     code = Path(*rollflow.engines.__path__)
     sglang = importlib.util.find_spec("sglang")
     packages = Path(sglang.origin).parent.parent if sglang and sglang.origin else code
@@ -128,9 +134,18 @@ def _key(environment: Mapping[str, str], command: Sequence[str]) -> str:
             if name.startswith(IMPORTANT) and name not in UNIMPORTANT
         ),
         [str(packages), packages.stat().st_mtime_ns, importlib.metadata.version("sglang")],
-        sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in code.rglob("*.py")),
+        sorted((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in _sources(code)),
+        sorted(os.sched_getaffinity(0)),
+        [str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "net", "pid")],
+        Path("/proc/self/cgroup").read_text(),
     ]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+
+def _sources(engines: Path) -> Iterator[Path]:
+    """Of our code what a server may import."""
+    for folder in (engines, engines.parent / "storage"):
+        yield from folder.rglob("*.py")
 
 
 def _private_folder() -> Path:

@@ -1,6 +1,6 @@
 """The fork server's side: it has SGLang imported, and each server that it is asked for is a fork of it.
 
-:mod:`.forked` makes it and asks it. It has one thread and has computed nothing, so that a fork is as
+:mod:`.fork_finding` makes it, :mod:`.forked` asks it. It has one thread and has computed nothing, so that a fork is as
 good as a process that did the imports itself. It ends once nobody uses it: each owner of a server has
 a connection to it, and requests may name processes for whose life it is kept, see
 :func:`.forked.hold`. Servers outlive it; it alone is their parent and tells how they ended.
@@ -40,18 +40,10 @@ def serve(load: Callable[[], None], start: Start) -> NoReturn:
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
     server = _ForkServer(listener, start)
-
-    def look(*_: object) -> None:
-        server.end_if_unused()
-        signal.setitimer(
-            signal.ITIMER_REAL, LOOK_S
-        )  # not before: one look within another waits for its lock
-
-    signal.signal(signal.SIGALRM, look)
+    signal.signal(signal.SIGALRM, lambda *_: server.look_once())
     signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, LOOK_S)
+    signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
     load()
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # first: one that is due must not begin anew
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     while True:
@@ -76,6 +68,9 @@ class _ForkServer:
     def __init__(self, listener: socket.socket, start: Start) -> None:
         listener.setblocking(False)
         self._listener, self._start = listener, start
+        self._looks = False
+        self._path = Path(listener.getsockname())
+        self._made = self._path.stat().st_ino
         self._connections: dict[int, socket.socket] = {}
         self._holders: dict[int, str] = {}
         """Descriptor of a process -> its name."""
@@ -97,20 +92,28 @@ class _ForkServer:
                 self._answer(self._connections[fd])
         self.end_if_unused()
 
+    def look_once(self) -> None:
+        """:meth:`end_if_unused`, but not while it is at that: it would wait for its own lock."""
+        if not self._looks:
+            self._looks = True
+            self.end_if_unused()
+            self._looks = False
+
     def end_if_unused(self) -> None:
         """End this process, unless somebody has a connection to it or lives whom it is kept for."""
         self._look()
         if self._connections or self._holders:
             return
-        path = Path(self._listener.getsockname())
-        folder = os.open(path.parent, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX)  # nobody connects meanwhile, see forked.py
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)  # nobody connects meanwhile, see fork_finding.py
         self._look()
         if self._connections:
             os.close(folder)
             return
-        path.unlink(missing_ok=True)
-        path.with_suffix(".log").unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._made:  # else somebody removed it: it is another's
+                self._path.unlink()
+                self._path.with_suffix(".log").unlink(missing_ok=True)
         os._exit(0)
 
     def _look(self) -> None:
@@ -127,14 +130,25 @@ class _ForkServer:
             self._connections.pop(fd).close()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Fork for the one request that a connection brings: three descriptors, see forked.py."""
-        _, (text, stdin, output), _, _ = socket.recv_fds(connection, 1, 3)
-        request = json.loads(os.pread(text, os.fstat(text).st_size, 0))
+        """Fork for the one request that a connection brings: three descriptors, see forked.py. One that
+        cannot be read, or forked for, loses its connection."""
+        descriptors: list[int] = []
+        try:
+            descriptors += socket.recv_fds(connection, 1, 3)[1]
+            text, stdin, output = descriptors
+            request = json.loads(os.pread(text, os.fstat(text).st_size, 0))
+            for name in request["environment"].get(HOLDERS, "").split():
+                self._keep_for(name)
+            _check_one_thread()
+            pid = os.fork()
+        except (OSError, ValueError) as error:
+            sys.stderr.write(f"a request was given up: {error!r}\n")
+            sys.stderr.flush()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self._connections.pop(connection.fileno()).close()
+            return
         os.close(text)
-        for name in request["environment"].get(HOLDERS, "").split():
-            self._keep_for(name)
-        _check_one_thread()
-        pid = os.fork()
         if pid == 0:
             self._become(request, stdin, output)
         os.close(stdin)
@@ -146,13 +160,15 @@ class _ForkServer:
     def _keep_for(self, name: str) -> None:
         if name in self._holders.values():
             return
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or never was
             pid = int(name.partition("-")[0])
             descriptor = os.pidfd_open(pid)
-            if name_of(pid) == name:
-                self._holders[descriptor] = name
-            else:
-                os.close(descriptor)
+            try:
+                if name_of(pid) == name:
+                    self._holders[descriptor] = name
+            finally:
+                if descriptor not in self._holders:
+                    os.close(descriptor)
 
     def _reap(self, descriptor: int) -> None:
         pid, connection = self._children.pop(descriptor)

@@ -19,6 +19,8 @@ from .fork_server import HOLDERS, name_of
 COMMAND = (sys.executable, "-P", "-m", "rollflow.engines.rollout.launch", "fork-server")
 UNKNOWN = 255
 """Exit code of a server whose fork server was killed, so that nobody learned it."""
+TOLD_S = 1.0
+"""Seconds that a fork server has to tell of a server's end, once that has ended."""
 START_S = 120.0
 """Seconds for the imports, where somebody wants to know a server's id before it answers."""
 
@@ -116,13 +118,18 @@ class Forked:
         """Take in the next thing that happens within this time."""
         if self._exit_code is not None:
             return
-        source = self._connection if self._told else self._pidfd
-        assert source is not None
-        poll = select.poll()
-        poll.register(source, select.POLLIN)
-        if not poll.poll(None if timeout_s == float("inf") else timeout_s * 1000):
+        poll, connection = select.poll(), self._connection.fileno()
+        if self._told:
+            poll.register(connection, select.POLLIN)
+        if self._pidfd is not None:
+            poll.register(self._pidfd, select.POLLIN)
+        found = dict(poll.poll(None if timeout_s == float("inf") else timeout_s * 1000))
+        if not found:
             return
-        message = self._receive() if self._told else {"exit_code": UNKNOWN}
+        if self._told and self._pidfd in found and connection not in found:
+            poll.unregister(self._pidfd)  # it has ended: how is told now, or never
+            found = dict(poll.poll(TOLD_S * 1000))
+        message = self._receive() if connection in found else {"exit_code": UNKNOWN}
         self._pid = message.get("pid", self._pid)
         self._exit_code = message.get("exit_code")
         if not message:  # the fork server was killed; the guard lives on

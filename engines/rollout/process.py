@@ -65,9 +65,10 @@ class OwnedProcess:
 
     def tail(self) -> str:
         """The last lines of the log, for an error message."""
-        if not self.log.exists():  # a fork server's that nobody needed any more
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except FileNotFoundError:  # a fork server's that nobody needed any more
             return ""
-        lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
     def kill(self, grace_s: float = 10.0) -> None:

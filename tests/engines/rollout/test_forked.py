@@ -1,6 +1,7 @@
 """Servers that are forks of one process: who shares it, how long it lives, what is told of an end."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from rollflow.engines.config import ModelConfig
+from rollflow.engines.rollout.fork_finding import connect
 from rollflow.engines.rollout.fork_server import HOLDERS, name_of
 from rollflow.engines.rollout.forked import UNKNOWN, Forked
 from rollflow.engines.rollout.ports import PortLease
@@ -52,6 +54,7 @@ class Owned(Forked):
     def __init__(self, command: list[str], **arguments: int) -> None:
         stdin, self.pipe = os.pipe()
         self.output, output = os.pipe()
+        self.command = command
         super().__init__(arguments, os.environ, stdin, output, command)
         os.close(stdin)
         os.close(output)
@@ -193,6 +196,49 @@ def test_a_fork_server_that_cannot_load_says_why(command, load, said):
     assert one.poll() == UNKNOWN
     assert said in one.fork_log.read_text()
     one.end()
+
+
+def test_a_fork_server_that_is_given_up_waits_for_the_lock_once_and_lets_it_go(command):
+    endless = CHEAP.format(load="[signal.pause() for _ in iter(int, 1)]")
+    one = Owned([*command[:2], endless, command[3]])
+    folder = os.open(one.fork_log.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    place = f":{os.fstat(folder).st_ino} "
+    one.end()
+
+    def waiting() -> list[int]:
+        lines = Path("/proc/locks").read_text().splitlines()
+        return [int(line.split()[5]) for line in lines if "->" in line and place in line]
+
+    deadline = time.monotonic() + 30
+    while not (waits := waiting()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(waits[0], signal.SIGALRM)  # it would look again as soon as it goes on
+    os.close(folder)
+    assert gone(psutil.Process(waits[0]))
+
+
+def test_an_odd_request_costs_nobody_else_anything(server):
+    one = server()
+    assert one.pid
+    with connect(os.environ, one.command)[0] as odd:
+        odd.send(b"1")
+        assert odd.recv(1) == b""
+    assert server().end() != UNKNOWN
+    assert one.poll() is None
+    assert one.end() != UNKNOWN
+
+
+def test_an_end_that_a_stopped_fork_server_does_not_tell_is_noticed(server):
+    one = server()
+    parent = one.parent
+    parent.suspend()
+    try:
+        assert one.end() == UNKNOWN
+    finally:
+        parent.resume()
+    assert gone(parent)
 
 
 async def test_imports_that_fail_are_reported_with_their_last_words(tmp_path, monkeypatch):
