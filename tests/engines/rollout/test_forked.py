@@ -225,7 +225,9 @@ def test_an_odd_request_costs_nobody_else_anything(server):
     with connect(os.environ, one.command)[0] as odd:
         odd.send(b"1")
         assert odd.recv(1) == b""
-    assert server().end() != UNKNOWN
+    two = server()
+    assert two.parent == one.parent
+    assert two.end() != UNKNOWN
     assert one.poll() is None
     assert one.end() != UNKNOWN
 
