@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS = 8
+HEADS = 32
 """That one program takes."""
 
 
@@ -18,12 +18,15 @@ def queries_of(
     slots_T: Tensor,
     keys_SHD: Tensor,
     values_SHD: Tensor,
+    stream_TH: Tensor | None = None,
 ) -> Tensor:
     """Rotated queries [T, H * D] of tokens' projections; keys and values go to ``slots_T`` of the cache.
 
     ``qkv_TC`` has each token's queries, keys and values, head by head; ``weights`` are those of the RMS
     norms of queries and keys, and its epsilon; ``cos_sin_PD`` has by position the cosines of half a head,
     then the sines, float32. What is between norm and rotation is rounded, as by kernels of their own.
+    ``stream_TH``: what was projected without having been divided by its root mean square; that of the
+    projections is done here, with the same epsilon.
     """
     tokens, (_, groups, size) = len(qkv_TC), keys_SHD.shape
     heads = qkv_TC.shape[1] // size - 2 * groups
@@ -47,9 +50,26 @@ def queries_of(
             GROUPS=groups,
             HALF=size // 2,
             HEADS=HEADS,
-            num_warps=2,
+            residual=queries_TC if stream_TH is None else stream_TH,
+            WIDTH=0 if stream_TH is None else stream_TH.shape[1],
+            SPAN=1 if stream_TH is None else triton.next_power_of_2(stream_TH.shape[1]),
+            num_warps=4,
         )
     return queries_TC
+
+
+@triton.jit
+def inverse_root_mean_square(  # noqa: ANN201 - Triton reads annotations
+    residual,  # noqa: ANN001
+    row,  # noqa: ANN001
+    epsilon,  # noqa: ANN001
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Of one row of ``residual`` [T, WIDTH]; ``SPAN``: the next power of two."""
+    i = tl.arange(0, SPAN)
+    x = tl.load(residual + row * WIDTH + i, mask=i < WIDTH, other=0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x) / WIDTH + epsilon)
 
 
 @triton.jit
@@ -71,6 +91,9 @@ def _prepare(
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    residual,  # noqa: ANN001
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     token = tl.cast(tl.program_id(0), tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -83,6 +106,10 @@ def _prepare(
     source = qkv + token * row + head * 2 * HALF + i
     first = tl.load(source, mask=there, other=0).to(tl.float32)
     second = tl.load(source + HALF, mask=there, other=0).to(tl.float32)
+    if WIDTH:
+        inverse = inverse_root_mean_square(residual, token, epsilon, WIDTH, SPAN)
+        first *= inverse
+        second *= inverse
     kind = queries.dtype.element_ty
     scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (2 * HALF) + epsilon)
     query_1, query_2 = tl.load(query_weight + i), tl.load(query_weight + HALF + i)

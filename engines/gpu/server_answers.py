@@ -6,7 +6,8 @@ A request is plain that asks for nothing but tokens and their log-probabilities;
 is not is put away by SGLang's own loop.
 
 An answer tells each log-probability in a list of three; to write and read those of a batch that ends
-at once takes a tenth of a second. Requests of ours get them as the bytes of one array.
+at once takes a tenth of a second. Requests of ours get them as the bytes of one array, and no text: who
+asks has the tokens.
 
 Known for the versions in :data:`KNOWN`; others are left alone.
 """
@@ -17,6 +18,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 KNOWN = ("0.5.17", "0.5.18")
@@ -24,6 +26,17 @@ KNOWN = ("0.5.17", "0.5.18")
 OURS = "rollflow-"
 """Begins the ids of requests by a client that reads packed log-probabilities."""
 LOGPROBS = "output_token_logprobs"
+WRITTEN = (
+    "rids",
+    "decoded_texts",
+    "decode_ids",
+    "read_offsets",
+    "finished_reasons",
+    "no_stop_trim",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+"""Of a batch of answers, by request: what their texts are written from."""
 End = tuple[int, frozenset[int], int]
 """(length at which an answer ends, tokens that end it, tokens that the model has)."""
 
@@ -38,6 +51,11 @@ def install() -> None:
     interval = output_streamer.DEFAULT_FORCE_STREAM_INTERVAL
     whole = processor.process_batch_result_decode
     setattr(processor, whole.__name__, putting_away(whole, interval, traced=_is_traced))
+    from sglang.srt.managers import detokenizer_manager
+
+    detokenizer = detokenizer_manager.DetokenizerManager
+    texts = detokenizer._decode_batch_token_id_output
+    setattr(detokenizer, texts.__name__, writing(texts))
 
 
 def install_telling() -> None:
@@ -49,6 +67,21 @@ def install_telling() -> None:
     manager = tokenizer_manager.TokenizerManager
     whole = manager.add_logprob_to_meta_info
     setattr(manager, whole.__name__, packing(whole))
+
+
+def writing(whole: Callable[[Any, Any], list[str]]) -> Callable[[Any, Any], list[str]]:
+    """``whole``, which writes the texts of answers, but for requests of ours: nobody reads theirs."""
+
+    def _decode_batch_token_id_output(self: Any, recv_obj: Any) -> list[str]:
+        others = [i for i, rid in enumerate(recv_obj.rids) if not rid.startswith(OURS)]
+        texts = [""] * len(recv_obj.rids)
+        if others:
+            theirs = {name: [getattr(recv_obj, name)[i] for i in others] for name in WRITTEN}
+            for i, text in zip(others, whole(self, SimpleNamespace(**theirs)), strict=True):
+                texts[i] = text
+        return texts
+
+    return _decode_batch_token_id_output
 
 
 def packing(whole: Callable[..., None]) -> Callable[..., None]:

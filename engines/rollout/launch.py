@@ -44,6 +44,7 @@ elif __name__ == "__mp_main__":
     from rollflow.engines.gpu import server_answers as _server_answers
     from rollflow.engines.gpu import server_heads as _server_heads
     from rollflow.engines.gpu import server_logits as _server_logits
+    from rollflow.engines.gpu import server_norms as _server_norms
     from rollflow.engines.gpu import server_weights as _server_weights
     from rollflow.engines.rollout import server_channel as _server_channel
 
@@ -52,6 +53,7 @@ elif __name__ == "__mp_main__":
     _server_channel.install()
     _server_answers.install()
     _server_heads.install()
+    _server_norms.install()
     _server_logits.install()
 
 

@@ -7,7 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from rollflow.engines.gpu.server_answers import packing, putting_away, told_logprobs
+from rollflow.engines.gpu.server_answers import (
+    WRITTEN,
+    packing,
+    putting_away,
+    told_logprobs,
+    writing,
+)
 
 INTERVAL = 4
 
@@ -313,3 +319,15 @@ def test_others_and_what_is_more_than_that_is_told_as_sglang_does(state):
 
 def test_nothing_is_told_before_the_end():
     assert told(asked(), finish=None) == {"finish_reason": None}
+
+
+def test_texts_are_written_for_requests_of_others_alone():
+    def whole(_self, batch):
+        assert {len(values) for values in vars(batch).values()} == {2}
+        return [f"{rid}:{ids}" for rid, ids in zip(batch.rids, batch.decode_ids, strict=True)]
+
+    rids = ["rollflow-1", "theirs", "rollflow-2", "other"]
+    batch = SimpleNamespace(**{name: [0, 1, 2, 3] for name in WRITTEN} | {"rids": rids})
+    assert writing(whole)(None, batch) == ["", "theirs:1", "", "other:3"]
+    ours = SimpleNamespace(**{name: [0] for name in WRITTEN} | {"rids": ["rollflow-1"]})
+    assert writing(lambda *_: pytest.fail("nobody reads it"))(None, ours) == [""]

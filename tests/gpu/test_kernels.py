@@ -118,9 +118,12 @@ def test_draws_over_a_large_vocabulary_reach_all_of_it_and_differ_by_row_and_cal
     assert abs(float(drawn.std()) / 151935 - 12**-0.5) < spread * 12**-0.5
 
 
+@pytest.mark.parametrize("width", [None, 96])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(16, 8, 128), (4, 1, 16)])
 @pytest.mark.parametrize(("kind", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_heads_are_normalised_and_rotated_and_fill_the_cache(heads, groups, size, kind, apart):
+def test_heads_are_normalised_and_rotated_and_fill_the_cache(
+    heads, groups, size, kind, apart, width
+):
     from rollflow.engines.gpu.heads_kernel import queries_of
 
     if INTERPRETED and kind is torch.bfloat16:
@@ -144,17 +147,41 @@ def test_heads_are_normalised_and_rotated_and_fill_the_cache(heads, groups, size
     cache = [torch.full((slots, groups, size), 7.0).to(DEVICE, kind) for _ in range(2)]
     cos_sin = torch.cat([cos, sin], -1)
     norms = weights[0].to(DEVICE), weights[1].to(DEVICE), 1e-6
-    at = (t.to(DEVICE) for t in (cos_sin, positions, places))
-    found = queries_of(qkv.to(DEVICE), norms, *at, *cache)
+    turns, where, to = (t.to(DEVICE) for t in (cos_sin, positions, places))
+    given, stream = qkv.to(DEVICE), None
+    if width is not None:  # what was projected still lacks its norm
+        stream = (torch.randn(tokens, width, device=DEVICE) * 3).to(kind)
+        sizes = (stream.float().square().mean(-1, keepdim=True) + norms[2]).sqrt()
+        given = (given.float() * sizes).to(kind)
+    found = queries_of(given, norms, turns, where, to, cache[0], cache[1], stream)
     keys, values = (c.cpu() for c in cache)
     expected = rotated(query, weights[0]).flatten(1)
     assert (found.cpu().float() - expected).norm() < apart * expected.norm()
     expected = rotated(key, weights[1])
     assert (keys[places].float() - expected).norm() < apart * expected.norm()
-    assert torch.equal(values[places], value)
+    if width is None:
+        assert torch.equal(values[places], value)
+    else:
+        assert (values[places].float() - value.float()).norm() < apart * value.float().norm()
     others = torch.ones(slots).bool().index_fill(0, places, False)
     assert (keys[others] == 7).all()
     assert (values[others] == 7).all()
+
+
+@pytest.mark.parametrize("columns", [3072, 40])
+@pytest.mark.parametrize(("kind", "apart"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_swiglu_takes_the_norm_that_its_products_lack(columns, kind, apart):
+    from rollflow.engines.gpu.swiglu_kernel import swiglu_of
+
+    if INTERPRETED and kind is torch.bfloat16:
+        pytest.skip("the interpreter cuts bits off where a GPU rounds")
+    torch.manual_seed(0)
+    gate_up, stream = torch.randn(5, 2 * columns).to(kind), (torch.randn(5, 96) * 3).to(kind)
+    size_of = (stream.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    gate, up = (gate_up.double() / size_of).chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    found = swiglu_of(gate_up.to(DEVICE), stream.to(DEVICE), 1e-6)
+    assert (found.cpu().double() - expected).norm() < apart * expected.norm()
 
 
 @pytest.mark.parametrize("count", [1, 4096, 100_003])
