@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,13 +27,15 @@ def queries_of(
     norms of queries and keys, and its epsilon; ``cos_sin_PD`` has by position the cosines of half a head,
     then the sines, float32. What is between norm and rotation is rounded, as by kernels of their own.
     ``stream_TH``: what was projected without having been divided by its root mean square; that of the
-    projections is done here, with the same epsilon.
+    projections is done here, with the same epsilon. From Hopper on, it begins while the kernel before it ends, and
+    lets the one after it, flashinfer's attention, do so.
     """
     tokens, (_, groups, size) = len(qkv_TC), keys_SHD.shape
     heads = qkv_TC.shape[1] // size - 2 * groups
     queries_TC = qkv_TC.new_empty((tokens, heads * size))
     if tokens:
         kernel: Any = _prepare
+        early = qkv_TC.is_cuda and torch.cuda.get_device_capability(qkv_TC.device)[0] >= 9
         kernel[(tokens, triton.cdiv(heads + 2 * groups, HEADS))](
             qkv_TC,
             queries_TC,
@@ -53,7 +56,9 @@ def queries_of(
             residual=queries_TC if stream_TH is None else stream_TH,
             WIDTH=0 if stream_TH is None else stream_TH.shape[1],
             SPAN=1 if stream_TH is None else triton.next_power_of_2(stream_TH.shape[1]),
+            EARLY=early,
             num_warps=4,
+            launch_pdl=early,
         )
     return queries_TC
 
@@ -94,6 +99,7 @@ def _prepare(
     residual,  # noqa: ANN001
     WIDTH: tl.constexpr,
     SPAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.cast(tl.program_id(0), tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -102,6 +108,18 @@ def _prepare(
     is_query = head < QUERIES
     is_key = (head >= QUERIES) & (head < QUERIES + GROUPS)
     is_value = (head >= QUERIES + GROUPS) & there
+    query_1, query_2 = tl.load(query_weight + i), tl.load(query_weight + HALF + i)
+    key_1, key_2 = tl.load(key_weight + i), tl.load(key_weight + HALF + i)
+    weight_1 = tl.where(is_query, query_1, key_1).to(tl.float32)
+    weight_2 = tl.where(is_query, query_2, key_2).to(tl.float32)
+    turn = cos_sin + tl.load(positions + token).to(tl.int64) * 2 * HALF + i
+    cos, sin = tl.load(turn), tl.load(turn + HALF)
+    slot = tl.load(slots + token).to(tl.int64)
+    if (
+        EARLY
+    ):  # until here the kernel before this one may still run, from here the one after it may begin
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     source = qkv + token * row + head * 2 * HALF + i
     first = tl.load(source, mask=there, other=0).to(tl.float32)
@@ -112,20 +130,12 @@ def _prepare(
         second *= inverse
     kind = queries.dtype.element_ty
     scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (2 * HALF) + epsilon)
-    query_1, query_2 = tl.load(query_weight + i), tl.load(query_weight + HALF + i)
-    key_1, key_2 = tl.load(key_weight + i), tl.load(key_weight + HALF + i)
-    weight_1 = tl.where(is_query, query_1, key_1).to(tl.float32)
-    weight_2 = tl.where(is_query, query_2, key_2).to(tl.float32)
     x = (first * scale[:, None] * weight_1).to(kind).to(tl.float32)
     y = (second * scale[:, None] * weight_2).to(kind).to(tl.float32)
-
-    turn = cos_sin + tl.load(positions + token).to(tl.int64) * 2 * HALF + i
-    cos, sin = tl.load(turn), tl.load(turn + HALF)
     x, y = x * cos - y * sin, y * cos + x * sin
     target = queries + token * QUERIES * 2 * HALF + head * 2 * HALF + i
     tl.store(target, x.to(kind), mask=is_query)
     tl.store(target + HALF, y.to(kind), mask=is_query)
-    slot = tl.load(slots + token).to(tl.int64)
     target = keys + slot * key_row + (head - QUERIES) * 2 * HALF + i
     tl.store(target, x.to(kind), mask=is_key)
     tl.store(target + HALF, y.to(kind), mask=is_key)

@@ -31,7 +31,7 @@ def draw(logits_RV: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
     random_R2 = torch.rand((rows, 2), dtype=torch.float64, device=logits_RV.device)
     scales_R = temperatures_R.reshape(-1)
     weigh: Any = _weigh
-    weigh[(rows, parts)](logits_RV, scales_R, found[0], found[1], columns, BLOCK=BLOCK, num_warps=8)
+    weigh[(rows, parts)](logits_RV, scales_R, found[0], found[1], columns, BLOCK=BLOCK, num_warps=4)
     choose: Any = _choose
     choose[(rows,)](
         logits_RV,
