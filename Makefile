@@ -41,9 +41,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: $(INSTALLED)      ## Train a tiny model on arithmetic, end to end, on this machine
 	@$(BIN)/rollflow demo --seconds-install $$(cat $(INSTALLED)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
-# Three, because tests of what dies wait for it: two left cores idle.
 test: $(INSTALLED) s3-servers  ## Run the whole test suite
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m tests.suite --dist loadfile --no-loadscope-reorder
 
 stores: $(INSTALLED) s3-servers  ## Run the storage tests on all stores, the slow S3 server too (5 minutes)
 	@ROLLFLOW_TEST_STORES="file memory rclone moto" $(BIN)/pytest tests/storage

@@ -17,6 +17,9 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core warns of each package that is not there
+    from rollflow.engines.platform import detect
+
+    detect("cpu").import_megatron()  # as a rank does: without the compiler
     import torch
     from megatron.core import dist_checkpointing  # noqa: F401
     from transformers import (
