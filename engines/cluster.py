@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services, utils
 from ray._private.node import Node
 from ray.exceptions import RayActorError, RayTaskError
 
+from . import ray_agent, worker_start
 from .config import ClusterConfig
 from .platform import detect, one_thread_env
 from .scratch import scratch_folder
@@ -145,14 +146,37 @@ def _start_private(namespace: str, temp_dir: str, gpus: int) -> None:
 
 @contextlib.contextmanager
 def _nothing_but_ray() -> Iterator[None]:
-    """Leave out what watches a Ray that people share: its autoscaler, the dashboard's server and the
-    reader of logs. They are half of what a private one takes to start."""
-    unused = ("start_monitor", "start_api_server", "start_log_monitor")
+    """Leave out what watches a Ray that people share: its autoscaler, the dashboard's server and agent, and
+    the reader of logs. They and what imports Ray twice for each worker are most of what engines wait for."""
+    replaced: list[tuple[Any, str, Any]] = [
+        (Node, name, lambda self, **_: None)
+        for name in ("start_monitor", "start_api_server", "start_log_monitor")
+    ]
+    replaced += [
+        (Node, "start_raylet", _start_raylet),
+        (services, "_build_python_executable_command_memory_profileable", _command_of),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not asked for")),
+    ]
     with contextlib.ExitStack() as after:
-        for name in unused:
-            after.callback(setattr, Node, name, getattr(Node, name))
-            setattr(Node, name, lambda self, **_: None)
+        for owner, name, ours in replaced:
+            after.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, ours)
         yield
+
+
+_rays_start_raylet = Node.start_raylet
+_rays_command_of = services._build_python_executable_command_memory_profileable
+
+
+def _start_raylet(node: Node, *args: Any, **kwargs: Any) -> None:
+    node._ray_params.setup_worker_path = worker_start.__file__
+    _rays_start_raylet(node, *args, **kwargs)
+
+
+def _command_of(component: str, *args: Any, **kwargs: Any) -> list[str]:
+    if component == ray_constants.PROCESS_TYPE_DASHBOARD_AGENT:
+        return [sys.executable, ray_agent.__file__]
+    return _rays_command_of(component, *args, **kwargs)
 
 
 def _reach(address: str) -> None:

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         workers.append(Worker(workers))
     import pytest
     from execnet import gateway_io
+    from execnet.gateway_base import Popen2IO
 
     class Popen2IOMaster(gateway_io.Popen2IOMaster):
         """A worker as execnet has it: the next of ours, or a process of its own once there is none."""
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
                 super().__init__(args, execmodel)
                 return
             self.popen = worker = workers.pop(0)
-            gateway_io.Popen2IO.__init__(self, worker.stdin, worker.stdout, execmodel)
+            Popen2IO.__init__(self, worker.stdin, worker.stdout, execmodel)
 
     gateway_io.Popen2IOMaster = Popen2IOMaster
     return pytest.main(["-n", str(WORKERS), "-W", f"ignore:{EARLY}", *arguments])
