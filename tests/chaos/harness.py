@@ -30,6 +30,9 @@ from rollflow.storage.steps import read_steps, step_numbers
 ROLLFLOW = (sys.executable, "-m", "rollflow")
 DEADLINE_S = 480.0
 POLL_S = 0.004
+"""Between two looks for a moment that is to be hit."""
+SLOW_POLL_S = 0.05
+"""Between two looks for anything else: looking takes a good part of a core from what it looks at."""
 GRACE_S = 20.0
 """What belongs to a killed process notices that within seconds and ends itself."""
 
@@ -210,7 +213,9 @@ class Session:
 
     def strike(self, kill: Kill) -> float | str:
         """Wait for the moment, kill, wait for the next committed step: seconds, or what went wrong."""
-        wrong = self._wait(lambda: self._reached(kill), f"{kill.phase} of step {kill.step}")
+        what = f"{kill.phase} of step {kill.step}"
+        wrong = self._wait(lambda: self._is_near(kill.step), what)
+        wrong = wrong or self._wait(lambda: self._reached(kill), what, POLL_S)
         if wrong:
             return wrong
         time.sleep(kill.delay_s)
@@ -267,7 +272,8 @@ class Session:
                 and (status.step > step or (status.step == step and status.phase == phase))
             )
 
-        return self._wait(reached, f"{phase} of step {step}")
+        what = f"{phase} of step {step}"
+        return self._wait(lambda: self._is_near(step), what) or self._wait(reached, what, POLL_S)
 
     def wait_until_lease_is_over(self) -> str:
         """Wait until the newest lease has expired; or what went wrong."""
@@ -304,6 +310,13 @@ class Session:
         if samples:
             self._durable |= _rows(to_table(samples))
 
+    def _is_near(self, step: int) -> bool:
+        """Whether this flow has its engines and the step before ``step`` has begun."""
+        status = self.status()
+        if status is None or status.pid != self.flow.pid or status.phase == "start engines":
+            return False
+        return status.step >= step - 1
+
     def _reached(self, kill: Kill) -> bool:
         run = run_ref(self.store, self.name)
         if kill.phase == "between shards":
@@ -328,7 +341,7 @@ class Session:
         """Number of steps in the log."""
         return len(step_numbers(self.store, run_ref(self.store, self.name)))
 
-    def _wait(self, condition, what: str) -> str:
+    def _wait(self, condition, what: str, poll_s: float = SLOW_POLL_S) -> str:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             if time.monotonic() > deadline:
@@ -337,7 +350,7 @@ class Session:
                 return f"the flow ended with status {self.flow.returncode} before {what}"
             if self.flow.poll() == 0:
                 return "" if condition() else f"the run finished before {what}"
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
         return ""
 
 
@@ -352,7 +365,7 @@ def left_behind(folder: Path) -> list[str]:
         ]
         if not found or time.monotonic() > deadline:
             return found
-        time.sleep(POLL_S)
+        time.sleep(SLOW_POLL_S)
 
 
 def _matches(process: psutil.Process, words: tuple[str, ...]) -> bool:

@@ -1,14 +1,15 @@
 """Tiny real models, batches in a real store, and trainer ranks: one here, or several processes."""
 
 import gc
+import importlib
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Listener
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from rollflow.storage.refs import BatchRef, RunRef
 from rollflow.storage.samples import Sample, Status
 from rollflow.storage.shards import ShardWriter
 
+RANK_PROCESS = "tests.engines.megatron.rank_process"
 VOCAB = 24
 FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
@@ -228,6 +230,8 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
         self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([RANK_PROCESS])
         self.connections: list[Any] = []
 
     def at_least(self, count: int) -> list[Any]:
@@ -235,14 +239,16 @@ class Processes:
         self.connections += [self._join(*one) for one in starting]
         return self.connections[:count]
 
-    def _start(self, number: int) -> tuple[Listener, subprocess.Popen]:
+    def _start(self, number: int) -> tuple[Listener, BaseProcess]:
         address = f"{self._folder}/{number}"
         listener = self._stack.enter_context(Listener(address))
-        command = [sys.executable, "-m", "tests.engines.megatron.rank_process", address]
-        return listener, subprocess.Popen(command, cwd=Path(__file__).parents[3])
+        main = importlib.import_module(RANK_PROCESS).main
+        process = self._context.Process(target=main, args=(address,), daemon=True)
+        process.start()
+        return listener, process
 
-    def _join(self, listener: Listener, process: subprocess.Popen) -> Any:
-        self._stack.callback(process.wait, 60)
+    def _join(self, listener: Listener, process: BaseProcess) -> Any:
+        self._stack.callback(process.join, 60)
         connection = self._stack.enter_context(listener.accept())
         self._stack.callback(connection.send, None)
         return connection

@@ -1,20 +1,26 @@
 """A process that holds one trainer rank after another, told what to do over a connection.
 
-It plays the part of a Ray actor, and pays for its imports once.
+It plays the part of a Ray actor. Such processes are forks of one that has imported this module.
 """
 
-import sys
 import warnings
 from contextlib import ExitStack
 from multiprocessing.connection import Client
 
 from rollflow.engines.megatron.actor import TrainerRank
+from rollflow.engines.platform import detect
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # megatron-core warns of each package that is not there
+    detect("cpu").import_megatron()
+    from rollflow.engines.megatron import rank as _rank  # noqa: F401
 
 
-def main() -> None:
+def main(address: str) -> None:
+    """Do what is told over the connection at ``address``."""
     warnings.simplefilter("ignore")
     rank: TrainerRank | None = None
-    with Client(sys.argv[1]) as owner, ExitStack() as faults:
+    with Client(address) as owner, ExitStack() as faults:
         while (call := owner.recv()) is not None:
             method, args = call
             try:
@@ -39,7 +45,3 @@ def main() -> None:
                 owner.send((answer, None))
             except Exception as error:  # noqa: BLE001 - the owner decides
                 owner.send((None, f"{type(error).__name__}: {error}"))
-
-
-if __name__ == "__main__":
-    main()
