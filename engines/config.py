@@ -7,6 +7,7 @@ is found in milliseconds and on machines without torch.
 
 import ast
 import difflib
+import gc
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -90,12 +91,23 @@ def dataclass_settings(package: str, file: str, *classes: str) -> dict[str, Sett
     if source is None:
         return {}
     found: dict[str, Setting] = {}
-    for node in ast.parse(source.read_text()).body:
+    for node in _parsed(source.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name in classes:
             for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                     found[statement.target.id] = _setting(statement.target.id, statement, after)
     return found
+
+
+def _parsed(source: str) -> ast.Module:
+    # A collection meanwhile may fail it (CPython 3.11.7 and before, gh-106905).
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _setting(name: str, statement: ast.AnnAssign, after: ast.stmt | None) -> Setting:
