@@ -5,11 +5,13 @@ pytest-xdist's workers would do it anew. A worker that takes a dead one's place 
 """
 
 import ast
+import atexit
 import gc
 import importlib
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -22,7 +24,6 @@ IMPORTED = (
     "rollflow.flows.cli",
     "rollflow.flows.deployments",
     "rollflow.flows.prefect_server",
-    "prefect.testing.utilities",
     "transformers.models.glm4.modeling_glm4",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
@@ -86,7 +87,6 @@ class Worker:
         self._code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            code = 1
             try:
                 for worker in (*before, self):
                     worker.stdin.close()
@@ -96,9 +96,12 @@ class Worker:
                 os.close(requests)
                 os.close(answers)
                 serve()
-                code = 0
+                atexit._run_exitfuncs()
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - a fork has no other place to tell it
+                traceback.print_exc()
             finally:
-                os._exit(code)
+                os._exit(1)
         os.close(requests)
         os.close(answers)
 

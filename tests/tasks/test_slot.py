@@ -4,8 +4,9 @@ import asyncio
 import os
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from rollflow.flows import server as prefect_server
 from rollflow.flows.arguments import build_config
 from rollflow.storage.lease import probe_conditional_puts
 from rollflow.storage.objects import Store
@@ -37,8 +38,17 @@ def config(tmp_path, monkeypatch):
     server.kill()
 
 
+@pytest.fixture
+def prefect_url(tmp_path, monkeypatch):
+    """Where the API of an empty folder's Prefect server is."""
+    monkeypatch.chdir(tmp_path)
+    yield prefect_server._ensure().api_url
+    prefect_server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # the server
 async def test_two_flows_that_start_at_once_on_a_store_without_conditional_puts_take_turns(
-    config, monkeypatch, capsys
+    config, prefect_url, monkeypatch, capsys
 ):
     monkeypatch.setattr(recovery, "get_run_logger", lambda: __import__("logging").getLogger())
     store = Store(config.store)
@@ -62,7 +72,7 @@ async def test_two_flows_that_start_at_once_on_a_store_without_conditional_puts_
         started.append(2)
         await flow()
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with temporary_settings({PREFECT_API_URL: prefect_url}):
         started.append(1)
         await asyncio.gather(flow(), second())
     assert epochs == [1, 2]
