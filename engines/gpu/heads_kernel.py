@@ -27,8 +27,9 @@ def queries_of(
     norms of queries and keys, and its epsilon; ``cos_sin_PD`` has by position the cosines of half a head,
     then the sines, float32. What is between norm and rotation is rounded, as by kernels of their own.
     ``stream_TH``: what was projected without having been divided by its root mean square; that of the
-    projections is done here, with the same epsilon. From Hopper on, it begins while the kernel before it ends, and
-    lets the one after it, flashinfer's attention, do so.
+    projections is done here, with the same epsilon. From Hopper on it begins while the kernel before it ends, and lets
+    the one after it begin: that must be launched as usual, or wait for this one (griddepcontrol.wait, as
+    flashinfer's attention does) before it reads anything of it.
     """
     tokens, (_, groups, size) = len(qkv_TC), keys_SHD.shape
     heads = qkv_TC.shape[1] // size - 2 * groups

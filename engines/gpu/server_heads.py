@@ -8,6 +8,8 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 KNOWN = ("0.5.17", "0.5.18")
 """Versions of SGLang whose own way this was compared with."""
 
@@ -54,21 +56,26 @@ def attending(
 
 def is_plain(attention: Any, cache: Any) -> bool:
     """Whether this layer's heads are normalised, rotated as a whole, and kept as they are."""
-    import torch
-
-    rotary = attention.rotary_emb
     return (
-        type(cache).__name__ == "MHATokenToKVPool"
+        turns_plainly(attention)
+        and type(cache).__name__ == "MHATokenToKVPool"
         and cache.dtype == cache.store_dtype == torch.bfloat16
         and not cache.is_quantized_kv_cache
-        and type(rotary).__name__ == "RotaryEmbedding"
+        and attention.attn.k_scale is None
+    )
+
+
+def turns_plainly(attention: Any) -> bool:
+    """What of :func:`is_plain` is known before there is a cache."""
+    rotary = attention.rotary_emb
+    return (
+        type(rotary).__name__ == "RotaryEmbedding"
         and rotary.is_neox_style
         and rotary.rotary_dim == attention.head_dim
         and attention.head_dim & (attention.head_dim - 1) == 0
         and rotary.cos_sin_cache.dtype == torch.float32
         and attention.q_norm.variance_epsilon == attention.k_norm.variance_epsilon
         and attention.q_norm.weight.dtype == torch.bfloat16
-        and attention.attn.k_scale is None
     )
 
 

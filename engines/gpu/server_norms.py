@@ -2,9 +2,9 @@
 
 A norm divides a row by its root mean square and multiplies it by the norm's weight; a projection follows. Here
 the weight is in a second form of the projection's, the row is projected as it is, and what reads the
-projection divides. What is added to the residual stream is added by the product that ends in it. For
-small models the two norms of each layer are a tenth of a step at short contexts. What is not plain is left
-to SGLang, as is a model whose second form would take much of the memory.
+projection divides. What is added to the residual stream is added by the product that ends in it. A layer
+of 0.6B without its attention takes a sixth less for 256 tokens. What is not plain is left to SGLang, as is
+a model whose second form would take much of the memory.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .server_heads import is_plain
+from .server_heads import is_plain, turns_plainly
 
 KNOWN = ("0.5.17", "0.5.18")
 """Versions of SGLang whose own way this was compared with."""
@@ -30,7 +30,7 @@ UPDATES = (
     "update_weights_from_ipc",
     "_update_weights_from_flattened_bucket",
 )
-"""Methods of SGLang's weight updater that write into a model; one may call another."""
+"""Methods of SGLang's weight updater by which a model gets other weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,23 @@ def install() -> None:
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
     from sglang.srt.model_executor.model_runner_components import load_model_utils, weight_updater
     from sglang.srt.models.qwen3 import Qwen3DecoderLayer
-    from sglang.srt.runtime_context import get_spec
+    from sglang.srt.runtime_context import get_lora, get_spec
 
     if envs.SGLANG_ENABLE_DETERMINISTIC_INFERENCE.get():
         return
 
     def fold_where_plain(model: Any) -> None:
-        """Other parts of a server may look at what is between layers."""
-        if torch.distributed.get_world_size() == 1 and not get_spec().speculative_algorithm:
+        """Other parts of a server may look at what is between layers, and wrap products once they are loaded."""
+        alone = torch.distributed.get_world_size() == 1
+        if alone and not get_spec().speculative_algorithm and not get_lora().enable_lora:
             card = torch.cuda.get_device_properties(torch.cuda.current_device())
             fold(model, Qwen3DecoderLayer, SHARE * card.total_memory)
 
     get_loader = load_model_utils.get_model_loader
     setattr(load_model_utils, get_loader.__name__, _loading(get_loader, fold_where_plain))
-    updater = weight_updater.WeightUpdater
+    updater, running = weight_updater.WeightUpdater, []
     for update in UPDATES:
-        setattr(updater, update, updating(getattr(updater, update)))
+        setattr(updater, update, updating(getattr(updater, update), running))
     whole = Qwen3DecoderLayer.forward
     setattr(Qwen3DecoderLayer, whole.__name__, passing(whole, get_token_to_kv_pool, _Kernels))
 
@@ -91,12 +92,13 @@ def fold_again(model: Any) -> None:
 
 
 def is_foldable(layer: Any) -> bool:
-    """Whether a layer's products are of plain matrices in bfloat16 and its norms divide alike."""
+    """Whether a layer's products are of plain matrices in bfloat16, its norms divide alike, its heads turn plainly."""
     attention, mlp = layer.self_attn, layer.mlp
     products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return (
-        all(_is_matrix(product) for product in products)
+        turns_plainly(attention)
+        and all(_is_matrix(product) for product in products)
         and all(norm.weight.dtype == torch.bfloat16 for norm in norms)
         and all(norm.variance_epsilon == attention.q_norm.variance_epsilon for norm in norms)
         and all(norm.variance_size_override is None for norm in norms)
@@ -119,15 +121,10 @@ def passing(
         residual: Any,
         post_residual_addition: Any = None,
     ) -> Any:
-        folded: Folded | None = getattr(self, KEPT, None)
+        decodes = forward_batch.forward_mode.is_decode() and post_residual_addition is None
+        folded: Folded | None = getattr(self, KEPT, None) if decodes else None
         attention, mlp = self.self_attn, self.mlp
-        if not (
-            folded
-            and post_residual_addition is None
-            and forward_batch.forward_mode.is_decode()
-            and is_foldable(self)
-            and is_plain(attention, cache())
-        ):
+        if not (folded and is_foldable(self) and is_plain(attention, cache())):
             return whole(
                 self,
                 positions,
@@ -156,6 +153,29 @@ def passing(
         return stream, None
 
     return forward
+
+
+def updating(
+    update: Callable[..., tuple[bool, str]], running: list[Any]
+) -> Callable[..., tuple[bool, str]]:
+    """``update``, after which second forms are of the new weights; ``running``: updates that run, as one may
+    call another.
+
+    Where it fails nothing is done: it was refused, or put the old weights back, or left a server that has to
+    be given weights anew.
+    """
+
+    def updated(self: Any, *arguments: Any, **options: Any) -> tuple[bool, str]:
+        running.append(update)
+        try:
+            answer = update(self, *arguments, **options)
+        finally:
+            running.pop()
+        if answer[0] and not running:
+            fold_again(self.get_model())
+        return answer
+
+    return updated
 
 
 class _Kernels:
@@ -191,18 +211,6 @@ def _loading(get_loader: Callable[..., Any], then: Callable[[Any], None]) -> Cal
     return get_model_loader
 
 
-def updating(update: Callable[..., tuple[bool, str]]) -> Callable[..., tuple[bool, str]]:
-    """``update``, after which second forms are of what the weights are then, whatever came of it."""
-
-    def updated(self: Any, *arguments: Any, **options: Any) -> tuple[bool, str]:
-        try:
-            return update(self, *arguments, **options)
-        finally:
-            fold_again(self.get_model())
-
-    return updated
-
-
 def _projections(layer: Any) -> Iterator[Tensor]:
     yield layer.self_attn.qkv_proj.weight
     yield layer.mlp.gate_up_proj.weight
@@ -212,6 +220,7 @@ def _is_matrix(product: Any) -> bool:
     """Whether it multiplies by its weight and does nothing else. A LoRA's is wrapped, and no such."""
     return (
         type(getattr(product, "quant_method", None)).__name__ == "UnquantizedLinearMethod"
+        and type(product.weight.data) is Tensor  # no quantized one that says it is of another type
         and product.weight.dtype == torch.bfloat16
         and product.weight.dim() == 2
         and product.bias is None

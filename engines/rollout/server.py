@@ -77,9 +77,6 @@ class ServerActor:
         self._process = OwnedProcess("server", arguments, self.log, self.device)
         url = f"http://127.0.0.1:{port}"
         await wait_until_up(self.name, self._process, f"{url}/model_info", timeout_s)
-        if self.device == "cuda":
-            # What its processes imported is not looked through again: that stops one for a quarter of a second.
-            await wait_until_up(self.name, self._process, f"{url}/freeze_gc", timeout_s)
         return ServerInfo(url, self._process.pid, port)
 
     async def wait_for_end(self) -> str:

@@ -1,8 +1,11 @@
 """What decoding steps answered: the short ways put away and tell what SGLang's own do, here on a CPU."""
 
+import ast
 import base64
 import copy
 from array import array
+from importlib.metadata import distribution
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from rollflow.engines.gpu.server_answers import (
     writing,
 )
 
+DETOKENIZER = "sglang/srt/managers/detokenizer_manager.py"
 INTERVAL = 4
 
 
@@ -331,3 +335,18 @@ def test_texts_are_written_for_requests_of_others_alone():
     assert writing(whole)(None, batch) == ["", "theirs:1", "", "other:3"]
     ours = SimpleNamespace(**{name: [0] for name in WRITTEN} | {"rids": ["rollflow-1"]})
     assert writing(lambda *_: pytest.fail("nobody reads it"))(None, ours) == [""]
+
+
+def test_what_sglang_writes_texts_from_is_handed_on():
+    file = Path(str(distribution("sglang").locate_file(DETOKENIZER)))
+    [write] = [
+        node
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name == "_decode_batch_token_id_output"
+    ]
+    read = {
+        node.attr
+        for node in ast.walk(write)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "recv_obj"
+    }
+    assert read == set(WRITTEN)

@@ -1,13 +1,25 @@
 """A layer without norms of its own computes what a layer with them does, where it is plain, and follows new weights."""
 
+import ast
+from importlib.metadata import distribution
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
-from rollflow.engines.gpu.server_norms import KEPT, fold, passing, updating
+from rollflow.engines.gpu import server_norms
+from rollflow.engines.gpu.server_norms import KEPT, UPDATES, fold, passing, updating
 
+WEIGHT_UPDATER = "sglang/srt/model_executor/model_runner_components/weight_updater.py"
+WRITERS = {
+    "load_weights",
+    "load_weights_and_postprocess",
+    "_model_load_weights_direct",
+    "custom_weight_loaders",
+    "copy_",
+}
 HIDDEN, WIDE, HEAD, TOKENS = 32, 48, 8, 5
 EPSILON = 1e-6
 
@@ -40,7 +52,7 @@ class Norm(torch.nn.Module):
 
 
 class Attend:
-    """Instead of attention: the second half of what came in is multiplied by the first."""
+    """Instead of attention: a function of the queries."""
 
     layer_id, k_scale = 3, None
 
@@ -144,28 +156,62 @@ def test_what_an_ordinary_layer_left_to_be_added_is_added(model):
     assert (found.double() - expected).norm() < 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_after_an_update_of_weights_the_layer_has_the_new_ones(model, fails):
+def test_after_an_update_of_weights_the_layer_has_the_new_ones_folded_once(model, monkeypatch):
     stream = torch.randn(TOKENS, HIDDEN).bfloat16()
     before, _ = forward(model[0], stream.clone())
+    folded = []
+    once = server_norms.fold_again
+    monkeypatch.setattr(server_norms, "fold_again", lambda m: (folded.append(m), once(m)))
+    updater, running = SimpleNamespace(get_model=lambda: model), []
 
-    def update(_self, number):
+    def write(_self, number):
         for parameter in model.parameters():
             parameter.mul_(number)
-        if fails:
-            raise RuntimeError("half a push")
         return True, "Success"
 
-    updater = SimpleNamespace(get_model=lambda: model)
-    if fails:
-        with pytest.raises(RuntimeError, match="half a push"):
-            updating(update)(updater, 0.5)
-    else:
-        assert updating(update)(updater, 0.5) == (True, "Success")
+    inner = updating(write, running)
+    assert updating(inner, running)(updater, 0.5) == (True, "Success")
+    assert folded == [model]
     found, _ = forward(model[0], stream.clone())
     expected = exact(model[0], stream.double())
     assert (found.double() - expected).norm() < 1e-2 * expected.norm()
     assert (found - before).norm() > 0.1 * before.norm()
+
+
+def test_a_refused_update_touches_no_weights_which_may_be_asleep(model, monkeypatch):
+    monkeypatch.setattr(server_norms, "fold_again", lambda _: pytest.fail("touched"))
+    updater, running = SimpleNamespace(get_model=lambda: model), []
+    refused = updating(lambda _self: (False, "no such group"), running)
+    assert refused(updater) == (False, "no such group")
+
+    def broken(_self):
+        raise RuntimeError("half a push")
+
+    with pytest.raises(RuntimeError, match="half a push"):
+        updating(broken, running)(updater)
+    assert running == []
+
+
+def test_all_that_writes_weights_in_sglang_is_known():
+    """By its source: what writes, or calls what does, is one of ours or called by one of ours alone."""
+    file = Path(str(distribution("sglang").locate_file(WEIGHT_UPDATER)))
+    [updater] = [
+        node
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "WeightUpdater"
+    ]
+    calls = {
+        method.name: {n.attr for n in ast.walk(method) if isinstance(n, ast.Attribute)}
+        | {n.id for n in ast.walk(method) if isinstance(n, ast.Name)}
+        for method in updater.body
+        if isinstance(method, ast.FunctionDef)
+    }
+    assert set(UPDATES) <= set(calls)
+    writers = {name for name, called in calls.items() if called & WRITERS}
+    assert {"update_weights_from_disk", "_update_weights_from_flattened_bucket"} <= writers
+    for writer in writers - set(UPDATES):
+        callers = {name for name, called in calls.items() if writer in called}
+        assert callers and callers <= set(UPDATES), writer
 
 
 def test_second_forms_are_not_among_the_weights(model):
@@ -198,8 +244,14 @@ def test_prefill_another_cache_and_an_addition_of_somebody_else_are_left_to_sgla
         lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 1e-5),
         lambda layer: setattr(layer.post_attention_layernorm, "variance_size_override", 8),
         lambda layer: layer.input_layernorm.float(),
+        lambda layer: setattr(layer.self_attn.rotary_emb, "is_neox_style", False),
     ],
 )
-def test_other_products_and_norms_are_left_to_sglang(model, change):
+def test_other_products_and_norms_are_left_to_sglang_and_have_no_second_form(model, change):
     change(model[0])
     assert forward(model[0], torch.randn(TOKENS, HIDDEN).bfloat16()) == "SGLang's"
+    torch.manual_seed(0)
+    another = torch.nn.ModuleList([Layer()])
+    change(another[0])
+    fold(another, Layer, float("inf"))
+    assert not hasattr(another[0], KEPT)

@@ -66,7 +66,7 @@ def run_to_the_end(folder, name, *more):
 
 
 def run_killed_in_the_middle(folder, *more):
-    """Digests of the steps that were committed before the kill, of a run that has ended since."""
+    """Kill a run's flow after some steps, have another go on to the end, and print what that took."""
     flow = start(folder, "killed", *more)
     deadline = time.monotonic() + START_S
     while len(digests(folder, "killed")) < KILLED_AFTER:
@@ -87,7 +87,6 @@ def run_killed_in_the_middle(folder, *more):
     facts = {"killed_after_steps": len(before), "seconds_until_the_next_step": round(lost_s, 1)}
     print(json.dumps({**facts, "card": torch.cuda.get_device_name(), "options": more}))
     assert KILLED_AFTER <= len(before) < STEPS
-    return before
 
 
 @pytest.fixture
@@ -112,8 +111,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(folder):
 
 def test_where_answers_are_drawn_anew_the_log_alone_gives_every_weight_again(folder):
     """By default the same policy may answer otherwise after a kill; of what is in the log nothing is otherwise."""
-    before = run_killed_in_the_middle(folder)
-    assert digests(folder, "killed")[: len(before)] == before
+    run_killed_in_the_middle(folder)
     done = subprocess.run(
         [*ROLLFLOW, "audit", "killed", "--recompute"],
         cwd=folder,
