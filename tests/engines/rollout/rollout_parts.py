@@ -183,7 +183,10 @@ class RolloutParts:
 
 
 def logprob_gap(folder: Path, samples: list[Sample]) -> float:
-    """Largest difference to the log-probabilities that transformers gives with these weights."""
+    """Largest difference to the log-probabilities that transformers gives with these weights.
+
+    Prints where they are apart, if they are: from some token on the context differs, at one the draw does.
+    """
     import torch
     from transformers import Qwen3ForCausalLM
 
@@ -195,7 +198,11 @@ def logprob_gap(folder: Path, samples: list[Sample]) -> float:
             logprobs_TV = torch.log_softmax(model(tokens).logits[0], dim=-1)
         start = len(sample.prompt_ids)
         expected_R = logprobs_TV[start - 1 : -1].gather(1, tokens[0, start:, None])[:, 0]
-        gaps.append((expected_R - torch.tensor(sample.rollout_logprobs)).abs().max().item())
+        gap_R = (expected_R - torch.tensor(sample.rollout_logprobs)).abs()
+        if gap_R.max() > 1e-5:
+            apart = {i: f"{gap_R[i]:.1e}" for i in (gap_R > 1e-5).nonzero().flatten().tolist()}
+            print(f"{sample.sample_id}: {start} tokens of prompt, answer apart at {apart}")
+        gaps.append(gap_R.max().item())
     return max(gaps)
 
 
