@@ -31,11 +31,14 @@ class Status:
 
 def write_status(run: str, step: int, phase: str) -> None:
     """Replace the run's status file."""
-    folder = FOLDER.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{run}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(Status(run, step, phase, os.getpid(), time.time()))))
-    temporary.replace(folder / f"{run}.json")
+    temporary = FOLDER / f".{run}.{os.getpid()}"
+    text = json.dumps(asdict(Status(run, step, phase, os.getpid(), time.time())))
+    try:
+        temporary.write_text(text)
+    except FileNotFoundError:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+    temporary.replace(FOLDER / f"{run}.json")
 
 
 def remove_status(run: str) -> None:

@@ -29,14 +29,24 @@ def told(yes: bool) -> Iterator[None]:
 
 
 def step_task(name: str) -> Callable[[Step[P, R]], Step[P, R]]:
-    """Make a function the task ``name`` of an iteration, which :func:`told` may leave out."""
+    """Make a function the task ``name`` of an iteration, which :func:`told` may leave out.
+
+    Prefect is given the call as one thing: in arguments it looks for results of other tasks, through every
+    field of every setting, twice.
+    """
 
     def decorate(fn: Step[P, R]) -> Step[P, R]:
-        made = task(name=name, cache_policy=NO_CACHE)(fn)
+        async def run(call: Callable[[], Coroutine[Any, Any, R]]) -> R:
+            return await call()
+
+        run.__name__, run.__qualname__, run.__doc__ = fn.__name__, fn.__qualname__, fn.__doc__
+        made = task(name=name, cache_policy=NO_CACHE)(run)
 
         @functools.wraps(fn)
         async def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return await (made if _told.get() else fn)(*args, **kwargs)
+            if not _told.get():
+                return await fn(*args, **kwargs)
+            return await made(functools.partial(fn, *args, **kwargs))
 
         return call
 
