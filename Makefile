@@ -81,20 +81,16 @@ mutants: $(INSTALLED)   ## Break the algorithms in 91 ways; a test must notice e
 	@$(BIN)/python -m tests.engines.algorithms.mutate
 
 $(TRL)/.installed: requirements-trl.lock $(INSTALLED)
-	@$(PIP) install --no-deps --target $(TRL) -r requirements-trl.lock; \
-	touch $@
+	@$(PIP) install --no-deps --target $(TRL) -r requirements-trl.lock && touch $@
 
 $(TRACKERS)/.installed: requirements-trackers.lock $(INSTALLED)
-	@$(PIP) install --no-deps --target $(TRACKERS) -r requirements-trackers.lock; \
-	touch $@
+	@$(PIP) install --no-deps --target $(TRACKERS) -r requirements-trackers.lock && touch $@
 
 $(DEPLOY)/.installed: requirements-deploy.lock $(INSTALLED)
-	@$(PIP) install --no-deps --target $(DEPLOY) -r requirements-deploy.lock; \
-	touch $@
+	@$(PIP) install --no-deps --target $(DEPLOY) -r requirements-deploy.lock && touch $@
 
 $(UI)/.installed: requirements-ui.lock $(INSTALLED)
-	@$(PIP) install --no-deps --target $(UI) -r requirements-ui.lock; \
-	touch $@
+	@$(PIP) install --no-deps --target $(UI) -r requirements-ui.lock && touch $@
 
 check: $(INSTALLED)     ## Lint, format, types, layers: what CI runs before the tests
 	@$(BIN)/ruff check .

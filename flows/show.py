@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from rollflow.storage.config import StoreConfig
@@ -30,12 +30,14 @@ BATCH_METRICS = (
 
 def print_runs(url: str, console: Console) -> None:
     """One line a run: steps, newest checkpoint, newest reward."""
-    table = Table("run", "created", "steps", "checkpoint", "reward", "code", box=None)
     store = Store(StoreConfig(url=url))
     rows = run_rows(store)
     if not rows:
         console.print(f"no run in {store.root}; --store names another place", highlight=False)
         return
+    # A name is what the next command needs: whatever else has no room, it does.
+    name = Column("run", no_wrap=True, min_width=max(len(row["name"]) for row in rows))
+    table = Table(name, "created", "steps", "checkpoint", "reward", "code", box=None)
     for row in rows:
         table.add_row(
             row["name"],

@@ -91,7 +91,10 @@ def _prompt(row: Any, number: int, source: str, config: DataConfig) -> Prompt:
     prompt_id = f"{source.rpartition('/')[2]}:{number}"
     columns = dict(row)
     if config.prompt_key not in columns:
-        raise _RowError(f"has no column {config.prompt_key!r}, only {sorted(map(str, columns))}")
+        raise _RowError(
+            f"has no column {config.prompt_key!r}, only {sorted(map(str, columns))}: prompt_key "
+            "names the one with the prompts"
+        )
     prompt = _prompt_value(columns.pop(config.prompt_key), config.prompt_key)
     label = _label(columns.pop(config.label_key, None), config.label_key)
     metadata = _metadata(columns, config.metadata_key)
