@@ -116,9 +116,7 @@ def _prepare(
     turn = cos_sin + tl.load(positions + token).to(tl.int64) * 2 * HALF + i
     cos, sin = tl.load(turn), tl.load(turn + HALF)
     slot = tl.load(slots + token).to(tl.int64)
-    if (
-        EARLY
-    ):  # until here the kernel before this one may still run, from here the one after it may begin
+    if EARLY:  # the kernel before this one has ended, the one after it may begin
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -26,7 +26,7 @@ def install() -> None:
         return
     attention = qwen3.Qwen3Attention
     whole = attention.forward
-    setattr(attention, whole.__name__, attending(whole, get_token_to_kv_pool, _queries_of))
+    setattr(attention, whole.__name__, attending(whole, get_token_to_kv_pool, queries_of))
 
 
 def attending(
@@ -38,20 +38,34 @@ def attending(
         if not (forward_batch.forward_mode.is_decode() and is_plain(self, cache())):
             return whole(self, positions, hidden_states, forward_batch)
         qkv, _ = self.qkv_proj(hidden_states)
-        layer, epsilon = self.attn.layer_id, self.q_norm.variance_epsilon
-        queries = queries_of(
-            qkv,
-            (self.q_norm.weight, self.k_norm.weight, epsilon),
-            self.rotary_emb.cos_sin_cache,
-            positions,
-            forward_batch.out_cache_loc,
-            cache().get_key_buffer(layer),
-            cache().get_value_buffer(layer),
-        )
-        attended = self.attn(queries, None, None, forward_batch, save_kv_cache=False)
-        return self.o_proj(attended)[0]
+        return self.o_proj(attended(self, qkv, positions, forward_batch, cache(), queries_of))[0]
 
     return forward
+
+
+def attended(
+    attention: Any,
+    qkv: Any,
+    positions: Any,
+    forward_batch: Any,
+    cache: Any,
+    queries_of: Callable[..., Any],
+    *stream: Any,
+) -> Any:
+    """What a plain layer's attention gives for its projections; ``stream``: :mod:`heads_kernel`'s, if they lack
+    a norm."""
+    layer, epsilon = attention.attn.layer_id, attention.q_norm.variance_epsilon
+    queries = queries_of(
+        qkv,
+        (attention.q_norm.weight, attention.k_norm.weight, epsilon),
+        attention.rotary_emb.cos_sin_cache,
+        positions,
+        forward_batch.out_cache_loc,
+        cache.get_key_buffer(layer),
+        cache.get_value_buffer(layer),
+        *stream,
+    )
+    return attention.attn(queries, None, None, forward_batch, save_kv_cache=False)
 
 
 def is_plain(attention: Any, cache: Any) -> bool:
@@ -79,7 +93,8 @@ def turns_plainly(attention: Any) -> bool:
     )
 
 
-def _queries_of(*arguments: Any) -> Any:
+def queries_of(*arguments: Any) -> Any:
+    """:mod:`heads_kernel`'s, imported when it is first needed, as Triton is."""
     from .heads_kernel import queries_of
 
     return queries_of(*arguments)

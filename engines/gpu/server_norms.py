@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .server_heads import is_plain, turns_plainly
+from .server_heads import attended, is_plain, queries_of, turns_plainly
 
 KNOWN = ("0.5.17", "0.5.18")
 """Versions of SGLang whose own way this was compared with."""
@@ -135,19 +135,9 @@ def passing(
             )
         linear = torch.nn.functional.linear
         stream = hidden_states if residual is None else hidden_states + residual
-        layer, epsilon = attention.attn.layer_id, attention.q_norm.variance_epsilon
-        queries = kernels.queries_of(
-            linear(stream, folded.qkv_CH),
-            (attention.q_norm.weight, attention.k_norm.weight, epsilon),
-            attention.rotary_emb.cos_sin_cache,
-            positions,
-            forward_batch.out_cache_loc,
-            cache().get_key_buffer(layer),
-            cache().get_value_buffer(layer),
-            stream,
-        )
-        attended = attention.attn(queries, None, None, forward_batch, save_kv_cache=False)
-        stream.addmm_(attended, attention.o_proj.weight.t())
+        qkv, epsilon = linear(stream, folded.qkv_CH), attention.q_norm.variance_epsilon
+        given = qkv, positions, forward_batch, cache(), kernels.queries_of, stream
+        stream.addmm_(attended(attention, *given), attention.o_proj.weight.t())
         gate_up = linear(stream, folded.gate_up_CH)
         stream.addmm_(kernels.swiglu_of(gate_up, stream, epsilon), mlp.down_proj.weight.t())
         return stream, None
@@ -181,11 +171,7 @@ def updating(
 class _Kernels:
     """Imported when they are first needed, as Triton is."""
 
-    @staticmethod
-    def queries_of(*arguments: Any) -> Tensor:
-        from .heads_kernel import queries_of
-
-        return queries_of(*arguments)
+    queries_of = staticmethod(queries_of)
 
     @staticmethod
     def swiglu_of(*arguments: Any) -> Tensor:
