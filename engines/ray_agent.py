@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     import time
     from pathlib import Path
 
-    raylet = os.getppid()
+    raylet = int(os.environ.get("RAY_RAYLET_PID") or os.getppid())  # it may have ended already
     given = dict(word.split("=", 1) for word in arguments if word.startswith("--") and "=" in word)
     session = Path(given["--session-dir"])
     for name in NOT_OFFERED:
